@@ -1,0 +1,166 @@
+"""The command line: arguments -> config -> the functions of the package.
+
+Everything heavy is imported inside a command, so that `nsm-graph --help` is quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+USAGE = """usage: nsm-graph COMMAND ...
+
+commands:
+  train TASK | --config FILE [--seed N] [--out RUN] [--compare gru,lstm,transformer] [--section.key
+  value ...] evaluate RUN [--length L] [--json FILE] [--section.key value ...]
+  info
+
+nsm-graph COMMAND --help says more.
+"""
+
+# Modules that come with the `train` extra.
+TRAIN_EXTRA = {"jsonargparse", "lightning_fabric", "rich", "safetensors", "tensorboard", "yaml"}
+
+# Shown by `info`.
+PACKAGES = (
+    *("nsm-graph", "torch", "torch-geometric", "numpy", "numba", "torch-scatter", "pyg-lib"),
+    *("lightning-fabric", "jsonargparse", "safetensors", "tensorboard", "rich", "scikit-learn"),
+)
+
+
+class UserError(Exception):
+    """Something the user can put right; shown in one line."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command; returns the exit status: 0, or 2 after a user's error."""
+    argv = sys.argv[1:] if argv is None else argv
+    commands: dict[str, Callable[[list[str]], None]] = {
+        "train": train,
+        "evaluate": evaluate,
+        "info": info,
+    }
+    if argv and argv[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0
+    try:
+        if not argv or argv[0] not in commands:
+            got = repr(argv[0]) if argv else "nothing"
+            raise UserError(f"command: expected one of {', '.join(commands)}; got {got}")
+        commands[argv[0]](argv[1:])
+    except (UserError, ValueError, argparse.ArgumentError, OSError, ImportError) as error:
+        print(f"nsm-graph: error: {_one_line(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("nsm-graph: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def train(argv: list[str]) -> None:
+    """Trains a model and the baselines it is compared with, and prints them in a table."""
+    from nsm_graph.training.parse import config_parser, parse, recipe
+
+    parser = config_parser(
+        "nsm-graph train", "Trains a model and shows it beside baselines of equal size."
+    )
+    parser.usage = (
+        "nsm-graph train TASK | --config FILE [--seed N] [--out RUN] [--section.key value ...]"
+    )
+    parser.add_argument(
+        "--out", metavar="RUN", help="Run directory, new or empty.  (default: runs/NAME-DATE-TIME)"
+    )
+    task = argv[0] if argv and not argv[0].startswith("-") else None
+    is_config = any(word.partition("=")[0] in ("--config", "-h", "--help") for word in argv)
+    if (task is None) != is_config:
+        got = "both" if task else "neither"
+        raise UserError(f"train: expected a TASK first, or --config FILE; got {got}")
+    config, own = parse(parser, argv[1:] if task else argv, base=recipe(task) if task else None)
+
+    from nsm_graph.training.run import train_run
+    from nsm_graph.training.table import print_table
+
+    run = Path(
+        str(own["out"] or f"runs/{task or config.data.name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    )
+    print_table(train_run(config, run), run)
+
+
+def evaluate(argv: list[str]) -> None:
+    """Evaluates the checkpoint of a run on the test split."""
+    from nsm_graph.training.parse import config_parser, parse
+
+    parser = config_parser(
+        "nsm-graph evaluate", "Evaluates the checkpoint of a run on the test split."
+    )
+    parser.usage = "nsm-graph evaluate RUN [--length L] [--json FILE] [--section.key value ...]"
+    parser.add_argument(
+        "--length", type=int | None, metavar="L", help="Only the first L tokens of each sequence."
+    )
+    parser.add_argument("--json", metavar="FILE", help="Also writes the metrics there.")
+    if any(word in ("-h", "--help") for word in argv):
+        parser.print_help()
+        return
+    if not argv or argv[0].startswith("-"):
+        raise UserError(
+            f"evaluate: expected a run directory first; got {argv[0] if argv else 'nothing'}"
+        )
+    run = Path(argv[0])
+    if not (run / "config.yaml").is_file():
+        raise UserError(
+            f"evaluate: expected a run directory with config.yaml; {run} has none; train first"
+        )
+    config, own = parse(parser, argv[1:], base=run / "config.yaml")
+
+    from nsm_graph.training.directory import write_whole
+    from nsm_graph.training.run import evaluate_run
+
+    metrics = json.dumps(evaluate_run(config, run, own["length"]), indent=2)
+    print(metrics)
+    if own["json"] is not None:
+        write_whole(Path(own["json"]), metrics + "\n")
+
+
+def info(argv: list[str]) -> None:
+    """Versions, devices, and the backends with the reason why each is or is not there."""
+    argparse.ArgumentParser("nsm-graph info", description=info.__doc__).parse_args(argv)
+    import platform
+    from importlib import metadata
+
+    import torch
+
+    from nsm_graph.ops import available_backends
+
+    print(f"python {platform.python_version()} on {platform.system()} {platform.machine()}")
+    print("\nversions")
+    for name in PACKAGES:
+        try:
+            version = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            version = "not installed"
+        print(f"  {name:18} {version}")
+    print("\ndevices")
+    print(f"  {'cpu':18} {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads")
+    for index in range(torch.cuda.device_count()):
+        print(f"  {f'cuda:{index}':18} {torch.cuda.get_device_name(index)}")
+    if torch.backends.mps.is_available():
+        print(f"  {'mps':18} Apple")
+    print("\nbackends")
+    for name, is_available, reason in available_backends():
+        print(f"  {name:18} {'yes' if is_available else 'no':4} {reason}")
+
+
+def _one_line(error: BaseException) -> str:
+    name = (getattr(error, "name", None) or "").partition(".")[0]
+    if isinstance(error, ImportError) and name in TRAIN_EXTRA:
+        return f"{name} is not installed; run: pip install 'nsm-graph[train]'"
+    return " ".join(str(error).split())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

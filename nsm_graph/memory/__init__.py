@@ -1,0 +1,9 @@
+"""The memory: a bank of state nodes, its importance, and the edits of the node set."""
+
+from nsm_graph.memory.edit import NodeEdit as NodeEdit
+from nsm_graph.memory.edit import apply_edit as apply_edit
+from nsm_graph.memory.importance import attention_sharpness as attention_sharpness
+from nsm_graph.memory.importance import gradient_signal as gradient_signal
+from nsm_graph.memory.importance import routing_mass as routing_mass
+from nsm_graph.memory.importance import update_norm as update_norm
+from nsm_graph.memory.manager import StateManager as StateManager

@@ -1,0 +1,245 @@
+"""The bank of state nodes that persists, and who in it is active (N2, N7)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from nsm_graph.memory.edit import NodeEdit, apply_edit
+from nsm_graph.ops.segment import group_sum
+
+
+class StateManager(nn.Module):
+    r"""Holds the bank of state nodes, their importance and the active mask.
+
+    Two things are called importance and are not the same: ``importance`` is a learnable parameter
+    that the router adds to its logits as :math:`\log \sigma(\iota)`; ``importance_ema`` is a buffer,
+    the moving average of an observed signal (by default the routing mass).
+
+    Source: Neural State Machine flow, 3.4 and section 3.1 there. Differs: edits happen between
+    segments, never inside a step; nothing is edited silently.
+
+    Args:
+        state_channels: Size of each state.
+        max_states: Number of slots; parameters always have this many rows.
+        initial_states: Slots active at first; ``None`` for all. (default: :obj:`None`)
+        min_states: Pruning never leaves fewer. (default: :obj:`1`)
+        decay: Decay of the moving average per observation. (default: :obj:`0.99`)
+
+    Raises:
+        ValueError: If the counts contradict each other.
+
+    Example:
+        >>> manager = StateManager(16, max_states=8, initial_states=4)
+        >>> manager.prune(lowest=1).slots_after.tolist()
+        [1, 2, 3]
+        >>> manager.allocate(2).slots_after.tolist()
+        [0, 1, 2, 3, 4]
+    """
+
+    slot_dims = {"bank": 0, "importance": 0, "importance_ema": 0}
+
+    def __init__(
+        self,
+        state_channels: int,
+        max_states: int,
+        *,
+        initial_states: int | None = None,
+        min_states: int = 1,
+        decay: float = 0.99,
+    ) -> None:
+        super().__init__()
+        initial_states = max_states if initial_states is None else initial_states
+        if not 1 <= min_states <= initial_states <= max_states:
+            raise ValueError(
+                f"expected 1 <= min_states <= initial_states <= max_states, but got "
+                f"{min_states}, {initial_states} and {max_states}"
+            )
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay must lie in [0, 1), but is {decay}")
+        self.state_channels, self.max_states = state_channels, max_states
+        self.initial_states, self.min_states = initial_states, min_states
+        self.decay = decay
+        self.bank = nn.Parameter(torch.empty(max_states, state_channels))
+        self.importance = nn.Parameter(torch.empty(max_states))
+        self.register_buffer("importance_ema", torch.empty(max_states))
+        self.register_buffer("active", torch.empty(max_states, dtype=torch.bool))
+        # Who else is indexed by slot. Plain lists: the machine owns the manager, not the reverse.
+        self._dependents: list[nn.Module] = []
+        self._optimizers: list[Optimizer] = []
+        self._slots: Tensor | None = None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Fresh bank, neutral importance, ``initial_states`` active."""
+        nn.init.normal_(self.bank, std=0.5)
+        nn.init.zeros_(self.importance)
+        self.importance_ema.fill_(1.0 / self.max_states)
+        self.active.copy_(torch.arange(self.max_states) < self.initial_states)
+        self._slots = None
+
+    def reset_slots(self, slots: Tensor) -> None:
+        """Fresh values for slots that were just allocated; their EMA starts at the mean."""
+        others = self.active.clone()
+        others[slots] = False
+        with torch.no_grad():
+            self.bank[slots] = torch.randn_like(self.bank[slots]) * 0.5
+            self.importance[slots] = 0.0
+            start = self.importance_ema[others].mean() if others.any() else 1.0 / self.max_states
+            self.importance_ema[slots] = start
+
+    # Who is there ###############################################################
+
+    @property
+    def slots(self) -> Tensor:
+        """The active slots in ascending order, ``[N]``."""
+        if self._slots is None or self._slots.device != self.active.device:
+            self._slots = self.active.nonzero().flatten()
+        return self._slots
+
+    @property
+    def num_active(self) -> int:
+        return self.slots.numel()
+
+    def initial(self, batch_size: int) -> Tensor:
+        """The active bank rows, once for each example: ``[batch_size * N, C]``."""
+        rows = self.bank if self.num_active == self.max_states else self.bank[self.slots]
+        return rows.repeat(batch_size, 1)
+
+    @torch.no_grad()
+    def update_importance(self, signal: Tensor, slots: Tensor | None = None) -> None:
+        r"""Feeds one observation into the moving average.
+
+        .. math:: e_m \leftarrow \gamma e_m + (1 - \gamma) \, \overline{x}_m
+
+        Args:
+            signal: One number per state row, :math:`(N,)`; rows of one slot are averaged.
+            slots: Slot of each row; ``None`` if examples hold the active slots in order.
+        """
+        if slots is None:
+            if signal.numel() % self.num_active != 0:
+                raise ValueError(
+                    f"signal has {signal.numel()} rows, which is no multiple of the "
+                    f"{self.num_active} active states; say with slots= which row is which"
+                )
+            slots = self.slots.repeat(signal.numel() // self.num_active)
+        count = torch.bincount(slots, minlength=self.max_states)
+        total = group_sum(signal.detach().to(self.importance_ema), slots, self.max_states)
+        seen = count > 0
+        mean = total[seen] / count[seen]
+        self.importance_ema[seen] = self.decay * self.importance_ema[seen] + (1 - self.decay) * mean
+
+    # Edits ######################################################################
+
+    def register_dependent(self, module: nn.Module) -> None:
+        """Every later edit reaches the slot tensors of this module, too."""
+        self._dependents.append(module)
+
+    def register_optimizer(self, optimizer: Optimizer) -> None:
+        """Every later edit reaches this optimizer's state.
+
+        Raises:
+            ValueError: If the optimizer does not know the bank.
+        """
+        known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if id(self.bank) not in known:
+            raise ValueError(
+                "the optimizer does not hold the parameter `bank` of this manager; build it from "
+                "the parameters of the same machine"
+            )
+        self._optimizers.append(optimizer)
+
+    def allocate(self, n: int = 1) -> NodeEdit:
+        """Activates the n lowest free slots with fresh values.
+
+        Raises:
+            ValueError: If fewer than n slots are free.
+        """
+        free = (~self.active).nonzero().flatten()
+        if not 1 <= n <= free.numel():
+            raise ValueError(
+                f"cannot allocate {n} states: {self.num_active} of max_states={self.max_states} "
+                f"are active, so 1..{free.numel()} can be added"
+            )
+        return self._edit_to(self.slots, torch.cat([self.slots, free[:n]]).sort().values)
+
+    def prune(self, *, lowest: int | None = None, below: float | None = None) -> NodeEdit:
+        """Deactivates states of least ``importance_ema``; ties go to the lowest slot.
+
+        Args:
+            lowest: How many to remove.
+            below: Remove those whose moving average is smaller; the best ``min_states`` stay.
+
+        Raises:
+            ValueError: If not exactly one rule is given, or ``lowest`` would leave fewer than
+                ``min_states``.
+        """
+        if (lowest is None) == (below is None):
+            raise ValueError("prune takes exactly one of lowest= and below=")
+        spare = self.num_active - self.min_states
+        score = self.importance_ema[self.slots]
+        if lowest is not None:
+            if not 0 <= lowest <= spare:
+                raise ValueError(
+                    f"cannot prune {lowest} of {self.num_active} states: min_states="
+                    f"{self.min_states} must stay, so at most {spare} can go"
+                )
+            count = lowest
+        else:
+            count = min(int((score < below).sum()), spare)
+        gone = score.argsort(stable=True)[:count]
+        stays = torch.ones_like(score, dtype=torch.bool)
+        stays[gone] = False
+        return self._edit_to(self.slots, self.slots[stays])
+
+    def _edit_to(self, before: Tensor, after: Tensor) -> NodeEdit:
+        row = torch.full((self.max_states,), -1, device=before.device)
+        row[before] = torch.arange(before.numel(), device=before.device)
+        edit = NodeEdit(row[after], before, after)
+        self.edit(edit)
+        return edit
+
+    def edit(self, edit: NodeEdit) -> None:
+        """Carries an edit to this manager, every dependent module and every optimizer.
+
+        Raises:
+            ValueError: If the edit starts from other slots than the active ones, names a slot
+                twice or one that does not exist, or leaves fewer than ``min_states``.
+        """
+        after = edit.slots_after
+        if not torch.equal(edit.slots_before.cpu(), self.slots.cpu()):
+            raise ValueError(
+                f"the edit starts from slots {edit.slots_before.tolist()}, but active are "
+                f"{self.slots.tolist()}; make it from the current slots"
+            )
+        if after.numel() < self.min_states:
+            raise ValueError(
+                f"the edit leaves {after.numel()} states, but min_states={self.min_states} must stay"
+            )
+        is_valid = (after >= 0) & (after < self.max_states)
+        if not bool(is_valid.all()) or after.unique().numel() != after.numel():
+            raise ValueError(
+                f"slots_after must be distinct slots in 0..{self.max_states - 1}, but is "
+                f"{after.tolist()}"
+            )
+        self.active.zero_()
+        self.active[after.to(self.active.device)] = True
+        self._slots = None
+        apply_edit(edit, self.max_states, [self, *self._dependents], self._optimizers)
+
+    # Bookkeeping ################################################################
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._slots = None
+
+    def __getstate__(self) -> dict:
+        # A copy has parameters of its own, which the original's optimizers do not hold.
+        return {**self.__dict__, "_optimizers": []}
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.state_channels}, max_states={self.max_states}, active={self.num_active}, "
+            f"min_states={self.min_states}"
+        )

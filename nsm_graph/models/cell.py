@@ -1,0 +1,300 @@
+"""One segment: scan, gather, propagate, communicate.
+
+The cell is a pure function (states, what was hoisted, relations) -> states. What depends on tokens
+only is computed for all segments at once by :meth:`StateMachineCell.hoist`, before the loop.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from nsm_graph.models.segments import Step
+from nsm_graph.nn import (
+    HybridAttention,
+    Propagated,
+    RelativePosition,
+    RotaryPosition,
+    StateCommunication,
+    StatePropagator,
+    TokenToStateRouter,
+)
+from nsm_graph.nn.checks import check_choice
+from nsm_graph.relation import Partition, Relation
+from nsm_graph.topology import NodeSet, Topology
+
+MIXES = ("sum", "bias", "attention", "routing")
+
+
+class Scan(Protocol):
+    """The seam for an ordered stage: what a module must offer to be a cell's ``scan``."""
+
+    def hoist(self, x: Tensor) -> Tensor:
+        """Whatever depends on tokens only: ``[T, C_t] -> [T, ...]``, in reading order."""
+        ...
+
+    def __call__(
+        self, states: Tensor, hoisted: Tensor, relation: Relation
+    ) -> tuple[Tensor, Tensor | None]:
+        """States ``[N, C]`` after the segment, and per-token reads ``[T, C_t]`` (or None)."""
+        ...
+
+
+class SegmentInputs(NamedTuple):
+    """What one call of the cell reads besides states; everything here was hoisted."""
+
+    relation: Relation  #: tokens -> states of this segment; sparse where the router made it so
+    routed: Tensor | None  #: ``[N, C]``, projected routed sums
+    key: Tensor | None  #: ``[T, C]``
+    value: Tensor | None  #: ``[T, C]``
+    bias: Tensor | None  #: ``[E, 1 or H]``, added to the attention scores
+    scan: Tensor | None  #: ``[T, ...]``, what the scan hoisted
+    mask: Tensor | None  #: ``[N]``, states that at least one edge enters; None = all
+    talks: Relation | None  #: states -> states; None where dynamic or off
+    nodes: NodeSet | None  #: for a dynamic topology
+
+
+class CellOutput(NamedTuple):
+    """What one segment gives."""
+
+    propagated: Propagated
+    states: Tensor  #: ``[N, C]``, after communication
+    reads: Tensor | None  #: ``[T, C_t]``, from the scan
+    attention: Tensor | None  #: ``[E, H]``, where asked for
+    talks: Relation | None
+
+
+class StateMachineCell(nn.Module):
+    r"""Reads one segment into the states.
+
+    .. math::
+        s &\leftarrow \mathrm{scan}(s, x) \quad \text{(optional)} \\
+        u &= \mathrm{route}(x) + \mathrm{attend}(s, x) \quad \text{(} \mathtt{mix} \text{)} \\
+        s &\leftarrow \mathrm{propagate}(s, u) \\
+        s &\leftarrow \mathrm{communicate}(s) \quad \text{(optional)}
+
+    Args:
+        token_channels: Size of each token.
+        state_channels: Size of each state.
+        num_states: Number of slots.
+        heads: Number of heads.
+        segment_length: Longest segment, for positions inside it; ``None`` without such positions.
+        cell: ``"gru"`` or ``"lstm"``.
+        mix: ``"sum"``, ``"bias"``, ``"attention"`` or ``"routing"``.
+        communication: Topology of the state-state graph; ``None`` for no communication.
+        position: ``"rotary"`` or ``"relative"`` act here, on keys and scores; others are ignored.
+        top_k: States that each token keeps.
+        routing_reduce: ``"sum"`` or ``"mean"``.
+        separate_values: Project values apart from keys.
+        scan: An ordered stage, see :class:`Scan`.
+    """
+
+    def __init__(
+        self,
+        token_channels: int,
+        state_channels: int,
+        num_states: int,
+        heads: int,
+        *,
+        segment_length: int | None,
+        cell: str,
+        mix: str,
+        communication: Topology | None,
+        position: str | None,
+        top_k: int | None,
+        routing_reduce: str,
+        separate_values: bool,
+        scan: nn.Module | None,
+    ) -> None:
+        super().__init__()
+        check_choice("mix", mix, MIXES)
+        if communication is not None and not isinstance(communication, Topology):
+            raise ValueError(
+                f"communication must be a topology or None, but is {communication!r}; use "
+                f"nsm_graph.topology, or wrap a function with topology.rule"
+            )
+        if top_k is not None and mix == "attention":
+            raise ValueError('top_k acts in the router, but mix="attention" has none')
+        self.mix = mix
+        self.topology = communication
+        self.scan = scan
+        self.router = self.attention = self.communication = None
+        if mix != "attention":
+            self.router = TokenToStateRouter(
+                token_channels,
+                state_channels,
+                num_states,
+                heads,
+                top_k=top_k,
+                routing_reduce=routing_reduce,
+            )
+        if mix != "routing":
+            self.attention = HybridAttention(
+                (token_channels, state_channels), heads, separate_values=separate_values
+            )
+        if mix == "bias":
+            # Routing acts as a prior on attention; its sums, and their projection, are not used.
+            self.router.lin_out.requires_grad_(False)
+        self.propagator = StatePropagator(state_channels, cell=cell)
+        if communication is not None:
+            self.communication = StateCommunication(state_channels, heads)
+        self.rotary = self.relative = None
+        if position == "rotary":
+            self.rotary = RotaryPosition(state_channels // heads)
+        elif position == "relative":
+            self.relative = RelativePosition(heads, segment_length or 1)
+
+    def reset_parameters(self) -> None:
+        for module in self.children():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+
+    # Before the loop ############################################################
+
+    def hoist(
+        self,
+        x: Tensor,
+        place: Tensor,
+        relation: Relation,
+        importance: Tensor,
+        slots: Tensor | None,
+    ) -> tuple[SegmentInputs, Tensor | None]:
+        """Everything that depends on tokens only, for all segments in one call each.
+
+        Args:
+            x: Tokens in reading order, ``[T, C_t]``.
+            place: Index of each token inside its segment, ``[T]``.
+            relation: Tokens -> (group, state), all segments.
+            importance: Learnable importance of every slot, ``[M]``.
+            slots: Active slots; ``None`` for all.
+
+        Returns:
+            The inputs of all segments together, and the routing weights ``[E]``.
+        """
+        routed = key = value = bias = weights = None
+        if self.router is not None:
+            logits = self.router.logits(x, importance, slots)
+            routing = self.router.route(x, logits, relation)
+            weights, relation = routing.weights, routing.relation
+            if self.mix == "bias":
+                # A weight that underflows is an edge that is all but absent.
+                tiny = torch.finfo(weights.dtype).tiny
+                bias = weights.clamp(min=tiny).log().unsqueeze(1)
+            else:
+                routed = self.router.lin_out(routing.routed)
+        if self.attention is not None:
+            key, value = self.attention.project_tokens(x)
+            if self.rotary is not None:
+                heads = (self.attention.heads, self.attention.head_channels)
+                key = self.rotary(key.unflatten(-1, heads), place).flatten(-2)
+            if self.relative is not None:
+                relative = self.relative(place)[relation.edge_index[0]]
+                bias = relative if bias is None else bias + relative
+        scan = None if self.scan is None else self.scan.hoist(x)
+        # Every group of a uniform relation has tokens; elsewhere a state may go without an edge.
+        mask = None if relation.is_uniform and relation.num_edges > 0 else relation.has_in_edge
+        inputs = SegmentInputs(relation, routed, key, value, bias, scan, mask, None, None)
+        return inputs, weights
+
+    def split(self, inputs: SegmentInputs, steps: list[Step]) -> list[SegmentInputs]:
+        """Cuts what was hoisted into the slices that the steps read.
+
+        Each tensor is split once: indexing it inside the loop would zero-fill the whole of it in
+        every backward step, which is quadratic in the number of segments.
+        """
+        num_states = inputs.relation.num_dst // max(sum(step.num_groups for step in steps), 1)
+        num_tokens = [step.num_tokens for step in steps]
+        num_rows = [step.num_groups * num_states for step in steps]
+        if inputs.relation.is_complete:
+            relations = [step.relation for step in steps]
+        else:
+            relations = _split_relation(inputs.relation, [step.relation for step in steps])
+        num_edges = [relation.num_edges for relation in relations]
+
+        def cut(rows: Tensor | None, sizes: list[int]) -> list[Tensor] | list[None]:
+            return [None] * len(steps) if rows is None else list(rows.split(sizes))
+
+        slices = zip(
+            relations,
+            cut(inputs.routed, num_rows),
+            cut(inputs.key, num_tokens),
+            cut(inputs.value, num_tokens),
+            cut(inputs.bias, num_edges),
+            cut(inputs.scan, num_tokens),
+            cut(inputs.mask, num_rows),
+            strict=True,
+        )
+        return [SegmentInputs(*parts, None, None) for parts in slices]
+
+    def connect(self, inputs: list[SegmentInputs], slots: Tensor) -> list[SegmentInputs]:
+        """Adds to each step who its states talk to: a relation, or nodes for a dynamic rule."""
+        if self.topology is None:
+            return inputs
+        known: dict[int, Relation] = {}
+        connected = []
+        for step, segment in enumerate(inputs):
+            num_rows = segment.relation.num_dst
+            num_examples = num_rows // slots.numel()
+            rows = Partition.uniform(num_examples, slots.numel(), slots.device)
+            nodes = NodeSet(rows, slots=slots.repeat(num_examples), step=step)
+            if self.topology.is_dynamic:
+                connected.append(segment._replace(nodes=nodes))
+                continue
+            if num_rows not in known:
+                known[num_rows] = self.topology(nodes)
+            connected.append(segment._replace(talks=known[num_rows]))
+        return connected
+
+    # Inside the loop ############################################################
+
+    def forward(
+        self,
+        states: Tensor,
+        cell: Tensor | None,
+        inputs: SegmentInputs,
+        return_attention_weights: bool = False,
+    ) -> CellOutput:
+        """One segment; see the class."""
+        reads = alpha = None
+        if self.scan is not None:
+            states, reads = self.scan(states, inputs.scan, inputs.relation)
+
+        update = inputs.routed
+        if self.attention is not None:
+            query = self.attention.lin_query(states)
+            attended, alpha = self.attention.attend(
+                query,
+                inputs.key,
+                inputs.value,
+                inputs.relation,
+                inputs.bias,
+                return_attention_weights,
+            )
+            attended = self.attention.lin_out(attended)
+            update = attended if update is None else update + attended
+
+        propagated = self.propagator(states, update, cell, mask=inputs.mask)
+        states, talks = propagated.state, inputs.talks
+        if self.communication is not None:
+            if talks is None:
+                assert self.topology is not None and inputs.nodes is not None
+                talks = self.topology(replace(inputs.nodes, x=states))
+            states = self.communication(states, talks)
+        return CellOutput(propagated, states, reads, alpha, talks)
+
+
+def _split_relation(relation: Relation, steps: list[Relation]) -> list[Relation]:
+    """Cuts a sparse relation whose edges stand step by step into one relation a step."""
+    edge_index = relation.edge_index
+    last_row = torch.tensor([step.num_dst for step in steps]).cumsum(0).to(edge_index.device)
+    # Edges keep the order of the complete relation: by group, hence by step.
+    ends = torch.searchsorted(edge_index[1].contiguous(), last_row).tolist()
+    relations, first, token, row = [], 0, 0, 0
+    for end, step in zip(ends, steps, strict=True):
+        edges = edge_index[:, first:end] - edge_index.new_tensor([[token], [row]])
+        relations.append(Relation(edges, step.size, step.sources, step.targets))
+        first, token, row = end, token + step.num_src, row + step.num_dst
+    return relations

@@ -1,0 +1,114 @@
+"""From states (and tokens) to predictions (N8, X1)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch_geometric.nn.dense.linear import Linear
+
+from nsm_graph.nn import StatePool, TokenReadout
+from nsm_graph.relation import Relation
+
+HEADS = ("example", "token", "next_token")
+
+
+class ExampleHead(nn.Module):
+    r"""One prediction per example: pool the states, project.
+
+    .. math:: y_b = W \, \mathrm{pool}(\{s_j\}_{j \in b}) + b
+
+    Serves classification (logits) and regression (values) alike.
+
+    Args:
+        state_channels: Size of each state.
+        num_states: Number of slots.
+        out_channels: Size of each prediction.
+        pool: Mode of :class:`~nsm_graph.nn.StatePool`.
+        dropout: Dropout of the pooled vector.
+    """
+
+    def __init__(
+        self, state_channels: int, num_states: int, out_channels: int, pool: str, dropout: float
+    ) -> None:
+        super().__init__()
+        self.num_states = num_states
+        self.pool = StatePool(pool, state_channels=state_channels, num_states=num_states)
+        self.dropout = nn.Dropout(dropout)
+        self.lin_out = Linear(self.pool.out_channels(state_channels), out_channels)
+        # Flattening gives every slot its own columns: they follow edits of the node set.
+        self.slot_dims = {"lin_out.weight": 1} if pool == "flatten" else {}
+
+    def reset_parameters(self) -> None:
+        self.pool.reset_parameters()
+        self.lin_out.reset_parameters()
+
+    def reset_slots(self, slots: Tensor) -> None:
+        """Fresh columns for slots that were just allocated."""
+        weight = self.lin_out.weight
+        fresh = torch.empty_like(weight)
+        nn.init.kaiming_uniform_(fresh, a=5**0.5)
+        shape = (self.num_states, -1)
+        with torch.no_grad():
+            weight.unflatten(1, shape)[:, slots] = fresh.unflatten(1, shape)[:, slots]
+
+    def forward(self, states: Tensor, batch: Tensor, batch_size: int, slots: Tensor) -> Tensor:
+        row_slots = slots.repeat(batch_size)
+        pooled = self.pool(states, batch, batch_size, slots=row_slots)
+        return self.lin_out(self.dropout(pooled))
+
+
+class TokenHead(nn.Module):
+    r"""One prediction per token: the token, what it reads from the states, project.
+
+    .. math:: y_i = W \, \mathrm{LayerNorm}\big(x_i + \mathrm{read}_i + \mathrm{scan}_i\big) + b
+
+    With ``causal=True`` (next-token prediction) the token reads the states as they were before its
+    segment, so that no later token can be seen; with ``segment_length=1`` that is every earlier
+    token. Otherwise it reads the states as they are after its segment.
+
+    Args:
+        token_channels: Size of each token.
+        state_channels: Size of each state.
+        out_channels: Size of each prediction.
+        heads: Number of heads of the read-out.
+        causal: Read the states from before the token's segment.
+        dropout: Dropout of the combined vector.
+    """
+
+    def __init__(
+        self,
+        token_channels: int,
+        state_channels: int,
+        out_channels: int,
+        heads: int,
+        causal: bool,
+        dropout: float,
+    ) -> None:
+        super().__init__()
+        self.readout = TokenReadout(token_channels, state_channels, heads, causal=causal)
+        self.norm = nn.LayerNorm(token_channels)
+        self.dropout = nn.Dropout(dropout)
+        self.lin_out = Linear(token_channels, out_channels)
+
+    def reset_parameters(self) -> None:
+        for module in (self.readout, self.norm, self.lin_out):
+            module.reset_parameters()
+
+    @property
+    def causal(self) -> bool:
+        return self.readout.causal
+
+    def forward(
+        self, x: Tensor, states: Tensor, relation: Relation, reads: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Predictions ``[T, out]`` and token read-outs ``[T, C_t]``.
+
+        Args:
+            x: The tokens.
+            states: The states that the tokens may see.
+            relation: States -> tokens.
+            reads: The scan's per-token reads; a scan reads in order, hence causally.
+        """
+        tokens = x + self.readout((states, x), relation)
+        tokens = self.norm(tokens if reads is None else tokens + reads)
+        return self.lin_out(self.dropout(tokens)), tokens

@@ -1,0 +1,82 @@
+"""The machine on PyG's ``HeteroData``: node types ``token`` and ``state``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch_geometric.data import HeteroData
+
+from nsm_graph.models.state import Record
+
+if TYPE_CHECKING:
+    from nsm_graph.models.machine import NeuralStateMachine
+
+
+def read(machine: NeuralStateMachine, data: HeteroData) -> HeteroData:
+    r"""Reads a :class:`~torch_geometric.data.HeteroData` and gives a copy back.
+
+    Reads ``data["token"].x`` (with ``batch`` and ``pe`` where they exist) and, for a convolution,
+    the edges of some type ``("token", ..., "token")``. In the copy ``data["state"]`` holds ``x``,
+    ``batch`` and ``slot``, the edge type ``("token", "routes", "state")`` holds ``edge_index`` and
+    ``weight`` of the routing (of every segment; of the last pass over a graph), ``data["token"].y``
+    stays, ``data["token"].read`` holds per-token read-outs where there are any, and ``data.out``
+    the prediction.
+    """
+    if "token" not in data.node_types or "x" not in data["token"]:
+        raise ValueError(
+            f'expected a node type "token" with x, but data has node types {data.node_types}'
+        )
+    token = data["token"]
+    edge_index = edge_attr = None
+    for edge_type in data.edge_types:
+        if edge_type[0] == edge_type[2] == "token":
+            edge_index = data[edge_type].edge_index
+            edge_attr = data[edge_type].get("edge_attr")
+    batch = token.get("batch")
+    result = machine.run(
+        token.x,
+        batch,
+        batch_size=token.ptr.numel() - 1 if "ptr" in token else None,
+        edge_index=edge_index,
+        edge_attr=edge_attr,
+        pe=token.get("pe"),
+        record=True,
+    )
+    assert result.record is not None
+    num_states, num_examples = result.state.slots.numel(), result.state.num_examples
+    out = data.clone()
+    out["state"].x = result.state.states
+    examples = torch.arange(num_examples, device=token.x.device)
+    out["state"].batch = examples.repeat_interleave(num_states)
+    out["state"].ptr = torch.arange(num_examples + 1, device=token.x.device) * num_states
+    out["state"].slot = result.state.slots.repeat(num_examples)
+    out.out = result.out
+    if result.tokens is not None:
+        out["token"].read = result.tokens
+    is_graph = machine.segment_length is None
+    routes = _routes(result.record, num_states, slice(-1, None) if is_graph else slice(None))
+    if routes is not None:
+        store = out["token", "routes", "state"]
+        store.edge_index, store.weight = routes
+    return out
+
+
+def _routes(record: Record, num_states: int, steps: slice) -> tuple[Tensor, Tensor] | None:
+    """Edges and weights of the routing in the numbering of the input, step by step."""
+    edges, weights = [], []
+    for relation, weight, tokens, examples in zip(
+        record.relations[steps],
+        record.routing[steps],
+        record.tokens[steps],
+        record.examples[steps],
+        strict=True,
+    ):
+        if weight is None:
+            return None
+        src, dst = relation.edge_index
+        state = examples[dst // num_states] * num_states + dst % num_states
+        edges.append(torch.stack([tokens[src], state]))
+        weights.append(weight)
+    return (torch.cat(edges, 1), torch.cat(weights)) if edges else None

@@ -1,0 +1,348 @@
+"""The Neural State Machine: a bank of state nodes reads sequences and graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch_geometric.data import HeteroData
+
+from nsm_graph.memory import StateManager, routing_mass
+from nsm_graph.models import hetero
+from nsm_graph.models.cell import StateMachineCell
+from nsm_graph.models.embedding import TokenEmbedding
+from nsm_graph.models.graph import GraphPasses, read_passes
+from nsm_graph.models.heads import ExampleHead, TokenHead
+from nsm_graph.models.options import check_input, check_options
+from nsm_graph.models.segments import SegmentPlan, plan_segments
+from nsm_graph.models.sequence import read_sequence
+from nsm_graph.models.state import MachineOutput, MachineState, Reading, Record
+from nsm_graph.nn import GraphPosition, LearnedPosition, SinusoidalPosition
+from nsm_graph.relation import Partition
+from nsm_graph.topology import Topology, complete
+
+
+class NeuralStateMachine(nn.Module):
+    r"""A bank of state nodes reads token streams segment by segment, or graphs pass by pass.
+
+    .. math::
+        s^{(0)} = \text{bank}, \qquad
+        s^{(t+1)} = \mathrm{cell}\big(s^{(t)}, \{x_i : i \in \text{segment } t\}\big), \qquad
+        y = W \, \mathrm{pool}(s^{(T)})
+
+    Source: Neural State Machine flow. Differences are listed in ``docs/equations.md``.
+
+    Batches are ragged and never padded: ``x`` holds the tokens of all examples one after another,
+    ``batch`` says whose they are, as in PyG. With ``segment_length=S`` an example is a sequence
+    that is read S tokens at a time; with ``segment_length=None`` it is a set or graph whose nodes
+    are all read in each of ``num_steps`` passes.
+
+    Args:
+        in_channels: Channels of a token, or the number of symbol columns with ``num_embeddings``.
+        state_channels: Size of each state.
+        num_states: States that are active at first.
+        out_channels: Size of each prediction.
+        segment_length: Tokens read at a time; ``None`` for graphs and sets.
+        heads: Number of heads; divides ``state_channels``. (default: :obj:`4`)
+        cell: ``"gru"`` or ``"lstm"``. (default: :obj:`"gru"`)
+        mix: How routing and attention meet: ``"sum"``, ``"bias"`` (routing is a prior on
+            attention), ``"attention"`` or ``"routing"`` alone. (default: :obj:`"sum"`)
+        communication: Topology of the state-state graph; ``None`` for no communication.
+            (default: :obj:`nsm_graph.topology.complete()`)
+        pool: ``"mean"``, ``"flatten"`` or ``"attention"``. (default: :obj:`"mean"`)
+        scan: An ordered stage before gathering, see :class:`nsm_graph.models.cell.Scan`.
+            (default: :obj:`None`)
+        num_embeddings: Number of symbols (one number, or one for each column); ``None`` for
+            features. (default: :obj:`None`)
+        token_channels: Size of an embedded token; ``None`` for that of a state.
+            (default: :obj:`None`)
+        head: ``"example"`` (classification, regression), ``"token"`` (labels) or ``"next_token"``
+            (causal). (default: :obj:`"example"`)
+        position: ``"learned"``, ``"rotary"`` or ``"relative"`` inside a segment, ``"sinusoidal"``
+            along the stream, or ``None``; ``"auto"`` is learned for sequences and none for graphs.
+            (default: :obj:`"auto"`)
+        top_k: States that each token keeps; ``None`` for all. (default: :obj:`None`)
+        routing_reduce: ``"sum"`` as documented, or ``"mean"``. (default: :obj:`"sum"`)
+        separate_values: Project values apart from keys. (default: :obj:`False`)
+        max_states: Slots that allocation can fill; ``None`` for ``num_states``.
+            (default: :obj:`None`)
+        min_states: Pruning never leaves fewer. (default: :obj:`1`)
+        dropout: Dropout of tokens and of what the head reads. (default: :obj:`0.0`)
+        num_steps: Passes over a graph; only with ``segment_length=None``. (default: :obj:`None`)
+        conv: PyG convolution (or one for each pass) between passes, from ``token_channels`` to
+            ``token_channels``. (default: :obj:`None`)
+        edge_embeddings: Number of edge symbols, embedded for ``conv``. (default: :obj:`None`)
+        edge_channels: Channels of edge features, projected for ``conv``. (default: :obj:`None`)
+        pe_channels: Size of a graph's positional encoding ``pe``. (default: :obj:`None`)
+        pe_kind: ``"random_walk"`` or ``"laplacian"``. (default: :obj:`"random_walk"`)
+        bptt_segments: Cut the history inside a call after so many segments.
+            (default: :obj:`None`)
+        checkpoint_segments: Recompute chunks of so many segments in backward, or ``"sqrt"``.
+            (default: :obj:`None`)
+
+    Shapes:
+        - **input:** x :math:`(T, C_{in})` or symbols :math:`(T,)`, batch :math:`(T,)` sorted
+        - **output:** :math:`(B, C_{out})`, or :math:`(T, C_{out})` for token heads
+
+    Raises:
+        ValueError: If an option is unknown or contradicts another, or an input does not fit.
+
+    Example:
+        >>> machine = NeuralStateMachine(3, 16, 4, 2, segment_length=8)
+        >>> x, batch = torch.randn(30, 3), torch.tensor([0] * 20 + [1] * 10)
+        >>> machine(x, batch).shape
+        torch.Size([2, 2])
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        state_channels: int,
+        num_states: int,
+        out_channels: int,
+        *,
+        segment_length: int | None,
+        heads: int = 4,
+        cell: str = "gru",
+        mix: str = "sum",
+        communication: Topology | None = complete(),  # noqa: B008 (a rule without state)
+        pool: str = "mean",
+        scan: nn.Module | None = None,
+        num_embeddings: int | list[int] | None = None,
+        token_channels: int | None = None,
+        head: str = "example",
+        position: str | None = "auto",
+        top_k: int | None = None,
+        routing_reduce: str = "sum",
+        separate_values: bool = False,
+        max_states: int | None = None,
+        min_states: int = 1,
+        dropout: float = 0.0,
+        num_steps: int | None = None,
+        conv: nn.Module | Sequence[nn.Module] | None = None,
+        edge_embeddings: int | None = None,
+        edge_channels: int | None = None,
+        pe_channels: int | None = None,
+        pe_kind: str = "random_walk",
+        bptt_segments: int | None = None,
+        checkpoint_segments: int | str | None = None,
+    ) -> None:
+        super().__init__()
+        token_channels = state_channels if token_channels is None else token_channels
+        max_states = num_states if max_states is None else max_states
+        if position == "auto":
+            position = None if segment_length is None else "learned"
+        check_options(
+            in_channels=in_channels,
+            state_channels=state_channels,
+            token_channels=token_channels,
+            out_channels=out_channels,
+            segment_length=segment_length,
+            num_steps=num_steps,
+            head=head,
+            position=position,
+            scan=scan,
+            conv=conv,
+            edge_embeddings=edge_embeddings,
+            edge_channels=edge_channels,
+            pe_channels=pe_channels,
+            dropout=dropout,
+            bptt_segments=bptt_segments,
+            checkpoint_segments=checkpoint_segments,
+        )
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.state_channels, self.token_channels = state_channels, token_channels
+        self.segment_length = segment_length
+        self.num_steps = (num_steps or 1) if segment_length is None else None
+        self.bptt_segments, self.checkpoint_segments = bptt_segments, checkpoint_segments
+
+        self.embedding = TokenEmbedding(in_channels, token_channels, num_embeddings)
+        self.edge_embedding: TokenEmbedding | None = None
+        if edge_embeddings is not None or edge_channels is not None:
+            self.edge_embedding = TokenEmbedding(
+                edge_channels or 1, token_channels, edge_embeddings, name="edge_attr"
+            )
+        self.position: nn.Module | None = None
+        if position == "learned":
+            self.position = LearnedPosition(token_channels, segment_length or 1)
+        elif position == "sinusoidal":
+            self.position = SinusoidalPosition(token_channels)
+        self.graph_position: GraphPosition | None = None
+        if pe_channels is not None:
+            self.graph_position = GraphPosition(pe_channels, token_channels, pe_kind)
+        self.dropout = nn.Dropout(dropout)
+
+        self.manager = StateManager(
+            state_channels, max_states, initial_states=num_states, min_states=min_states
+        )
+        self.cell = StateMachineCell(
+            token_channels,
+            state_channels,
+            max_states,
+            heads,
+            segment_length=segment_length,
+            cell=cell,
+            mix=mix,
+            communication=communication,
+            position=position,
+            top_k=top_k,
+            routing_reduce=routing_reduce,
+            separate_values=separate_values,
+            scan=scan,
+        )
+        self.passes: GraphPasses | None = None
+        if conv is not None:
+            self.passes = GraphPasses(
+                token_channels, state_channels, heads, self.num_steps or 1, conv, dropout
+            )
+        self.head: ExampleHead | TokenHead
+        if head == "example":
+            self.head = ExampleHead(state_channels, max_states, out_channels, pool, dropout)
+        else:
+            self.head = TokenHead(
+                token_channels, state_channels, out_channels, heads, head == "next_token", dropout
+            )
+        self.manager.register_dependent(self.cell)
+        self.manager.register_dependent(self.head)
+
+    def reset_parameters(self) -> None:
+        """Draws all parameters anew and empties the memory."""
+        for module in self.children():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+
+    def compile_cell(self) -> None:
+        """Compiles the cell once for all segments and batch sizes; the loop around it stays."""
+        is_dynamic = self.cell.topology is not None and self.cell.topology.is_dynamic
+        self.cell.compile(dynamic=True, fullgraph=not is_dynamic)
+
+    # Calls ######################################################################
+
+    def forward(
+        self,
+        x: Tensor,
+        batch: Tensor | None = None,
+        *,
+        batch_size: int | None = None,
+        edge_index: Tensor | None = None,
+        edge_attr: Tensor | None = None,
+        pe: Tensor | None = None,
+    ) -> Tensor:
+        """The prediction, nothing else; see :meth:`run` for the arguments."""
+        return self.run(
+            x, batch, batch_size=batch_size, edge_index=edge_index, edge_attr=edge_attr, pe=pe
+        ).out
+
+    def run(
+        self,
+        x: Tensor,
+        batch: Tensor | None = None,
+        state: MachineState | None = None,
+        *,
+        batch_size: int | None = None,
+        edge_index: Tensor | None = None,
+        edge_attr: Tensor | None = None,
+        pe: Tensor | None = None,
+        segment_length: int | None = None,
+        record: bool = False,
+    ) -> MachineOutput:
+        r"""Everything: prediction, per-token read-outs, the state to carry on, what happened.
+
+        Args:
+            x: Tokens of all examples, one example after another.
+            batch: The example of each token, sorted; ``None`` for one example.
+                (default: :obj:`None`)
+            state: From an earlier call on the same streams; ``None`` to start from the bank. Calls
+                at multiples of ``segment_length`` give what one long call gives.
+                (default: :obj:`None`)
+            batch_size: Number of examples, where the last ones may have no tokens.
+                (default: :obj:`None`)
+            edge_index: Edges among the tokens, for ``conv``. (default: :obj:`None`)
+            edge_attr: Their features or symbols. (default: :obj:`None`)
+            pe: Positional encoding of a graph's nodes. (default: :obj:`None`)
+            segment_length: Read so many tokens at a time in this call. (default: :obj:`None`)
+            record: Keep routing, attention, gates and states of every step.
+                (default: :obj:`False`)
+        """
+        ptr = check_input(
+            self, x, batch, batch_size, state, edge_index, edge_attr, pe, segment_length
+        )
+        if state is None:
+            state = self._initial_state(ptr.numel() - 1)
+        notes = Record() if record else None
+        tokens = self.embedding(x)
+        if self.segment_length is not None:
+            plan = plan_segments(
+                ptr.diff().tolist(),
+                segment_length or self.segment_length,
+                state.slots.numel(),
+                tokens.device,
+            )
+            tokens = self._add_position(tokens[plan.token_order], plan, ptr, state)
+            reading = read_sequence(
+                self.cell,
+                self.dropout(tokens),
+                plan,
+                state,
+                self.manager.importance,
+                bptt_segments=self.bptt_segments,
+                checkpoint_segments=self.checkpoint_segments,
+                record=notes,
+            )
+        else:
+            if self.graph_position is not None:
+                tokens = self.graph_position(tokens, pe)
+            if edge_attr is not None and self.edge_embedding is not None:
+                edge_attr = self.edge_embedding(edge_attr)
+            reading = read_passes(
+                self.cell,
+                self.passes,
+                self.dropout(tokens),
+                Partition.from_ptr(ptr),
+                state,
+                self.manager.importance,
+                num_steps=self.num_steps,
+                edge_index=edge_index,
+                edge_attr=edge_attr,
+                record=notes,
+            )
+        if self.training and reading.weights is not None:
+            mass = routing_mass(reading.weights, reading.routes)
+            self.manager.update_importance(mass)
+        out, tokens = self._predict(reading)
+        return MachineOutput(out, tokens, reading.state, notes)
+
+    def from_hetero(self, data: HeteroData) -> HeteroData:
+        """Reads a ``HeteroData`` and gives one back; see :func:`nsm_graph.models.hetero.read`."""
+        return hetero.read(self, data)
+
+    # Inside a call ##############################################################
+
+    def _initial_state(self, num_examples: int) -> MachineState:
+        states = self.manager.initial(num_examples)
+        cell = torch.zeros_like(states) if self.cell.propagator.cell == "lstm" else None
+        num_tokens = torch.zeros(num_examples, dtype=torch.long, device=states.device)
+        return MachineState(states, cell, num_tokens, self.manager.slots)
+
+    def _add_position(
+        self, tokens: Tensor, plan: SegmentPlan, ptr: Tensor, state: MachineState
+    ) -> Tensor:
+        if isinstance(self.position, LearnedPosition):
+            return self.position(tokens, plan.place)
+        if isinstance(self.position, SinusoidalPosition):
+            example = Partition.from_ptr(ptr).batch[plan.token_order]
+            return self.position(tokens, plan.index + state.num_tokens[example])
+        return tokens
+
+    def _predict(self, reading: Reading) -> tuple[Tensor, Tensor | None]:
+        state = reading.state
+        if isinstance(self.head, ExampleHead):
+            rows = Partition.uniform(state.num_examples, state.slots.numel(), state.slots.device)
+            return self.head(state.states, rows.batch, state.num_examples, state.slots), None
+        seen = reading.before if self.head.causal else reading.after
+        out, tokens = self.head(reading.tokens, seen, reading.relation.reverse(), reading.reads)
+        if reading.token_order is None:
+            return out, tokens
+        place = torch.argsort(reading.token_order)
+        return out[place], tokens[place]

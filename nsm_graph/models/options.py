@@ -1,0 +1,247 @@
+"""What a machine refuses: options that contradict each other, inputs that do not fit."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from nsm_graph.models.heads import HEADS
+from nsm_graph.models.state import MachineState
+from nsm_graph.nn import LearnedPosition
+from nsm_graph.nn.checks import check_choice
+from nsm_graph.nn.positional import SEQUENCE_POSITIONS
+from nsm_graph.relation import ptr_from_batch
+
+if TYPE_CHECKING:
+    from nsm_graph.models.machine import NeuralStateMachine
+
+
+def check_options(
+    *,
+    in_channels: int,
+    segment_length: int | None,
+    num_steps: int | None,
+    head: str,
+    position: str | None,
+    scan: nn.Module | None,
+    conv: object,
+    edge_embeddings: int | None,
+    edge_channels: int | None,
+    pe_channels: int | None,
+    dropout: float,
+    bptt_segments: int | None,
+    checkpoint_segments: int | str | None,
+    **sizes: int,
+) -> None:
+    """Raises a ``ValueError`` unless the constructor's options fit together."""
+    counts = {
+        **sizes,
+        "segment_length": segment_length,
+        "num_steps": num_steps,
+        "bptt_segments": bptt_segments,
+        "edge_embeddings": edge_embeddings,
+        "edge_channels": edge_channels,
+        "pe_channels": pe_channels,
+    }
+    if checkpoint_segments != "sqrt":
+        counts["checkpoint_segments"] = checkpoint_segments  # type: ignore[assignment]
+    for name, value in counts.items():
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise ValueError(f"{name} must be a positive integer, but is {value!r}")
+    if in_channels < 1 and in_channels != -1:
+        raise ValueError(f"in_channels must be positive or -1 (inferred), but is {in_channels}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout must lie in [0, 1), but is {dropout}")
+    check_choice("head", head, HEADS)
+    check_choice("position", position, SEQUENCE_POSITIONS)
+    if scan is not None and not hasattr(scan, "hoist"):
+        raise ValueError(
+            f"scan must be a module with a method hoist (see nsm_graph.models.cell.Scan) or None, "
+            f"but is {type(scan).__name__}"
+        )
+    if edge_embeddings is not None and edge_channels is not None:
+        raise ValueError("edge_embeddings (symbols) and edge_channels (features) exclude another")
+    if segment_length is None:
+        _check_graph_options(head, position, scan, bptt_segments, checkpoint_segments)
+        if conv is None and (edge_embeddings or edge_channels):
+            raise ValueError("edge_embeddings and edge_channels are for conv=, which is None")
+        return
+    for name, value in (("num_steps", num_steps), ("conv", conv), ("pe_channels", pe_channels)):
+        if value is not None:
+            raise ValueError(
+                f"{name} is for graphs, but segment_length={segment_length} asks for sequences; "
+                f"use segment_length=None"
+            )
+
+
+def _check_graph_options(
+    head: str,
+    position: str | None,
+    scan: object,
+    bptt_segments: int | None,
+    checkpoint_segments: int | str | None,
+) -> None:
+    if position is not None:
+        raise ValueError(
+            f"position={position!r} is for sequences, but segment_length=None asks for graphs; use "
+            f"pe_channels for a graph's positional encoding"
+        )
+    if scan is not None:
+        raise ValueError("scan needs ordered tokens, but the nodes of a graph have no order")
+    if head == "next_token":
+        raise ValueError('head="next_token" needs ordered tokens; use "token" on graphs')
+    for name, value in (
+        ("bptt_segments", bptt_segments),
+        ("checkpoint_segments", checkpoint_segments),
+    ):
+        if value is not None:
+            raise ValueError(f"{name} is for sequences, but segment_length=None asks for graphs")
+
+
+def check_input(
+    machine: NeuralStateMachine,
+    x: Tensor,
+    batch: Tensor | None,
+    batch_size: int | None,
+    state: MachineState | None,
+    edge_index: Tensor | None,
+    edge_attr: Tensor | None,
+    pe: Tensor | None,
+    segment_length: int | None,
+) -> Tensor:
+    """Raises a ``ValueError`` unless a call's arguments fit; returns the examples' ``ptr``."""
+    parameter = machine.manager.bank
+    if not isinstance(x, Tensor):
+        raise ValueError(f"x must be a tensor, but is {type(x).__name__}")
+    tensors = {"x": x, "batch": batch, "edge_index": edge_index, "edge_attr": edge_attr, "pe": pe}
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != parameter.device:
+            raise ValueError(
+                f"{name} is on {tensor.device}, but the machine is on {parameter.device}; move one"
+            )
+    machine.embedding.check(x)
+    is_autocast = torch.is_autocast_enabled(x.device.type)
+    if x.is_floating_point() and x.dtype != parameter.dtype and not is_autocast:
+        raise ValueError(
+            f"x has dtype {x.dtype}, but the machine has {parameter.dtype}; use x.to(...) or "
+            f"machine.to(...)"
+        )
+    ptr = _check_batch(x, batch, batch_size, state)
+    if state is not None:
+        _check_state(machine, state)
+    _check_segment_length(machine, segment_length)
+    _check_graph_input(machine, x, edge_index, edge_attr, pe)
+    return ptr
+
+
+def _check_batch(
+    x: Tensor, batch: Tensor | None, batch_size: int | None, state: MachineState | None
+) -> Tensor:
+    if state is not None:
+        if batch_size not in (None, state.num_examples):
+            raise ValueError(
+                f"batch_size is {batch_size}, but state carries {state.num_examples} examples; "
+                f"carry a state between batches of the same streams only"
+            )
+        batch_size = state.num_examples
+    if batch is None:
+        if batch_size not in (None, 1):
+            raise ValueError(f"{batch_size} examples need batch=, which says whose each token is")
+        if x.size(0) == 0 and batch_size is None:
+            raise ValueError("the batch is empty: x has no rows; pass at least one token")
+        return torch.tensor([0, x.size(0)], device=x.device)
+    if batch.dim() != 1 or batch.size(0) != x.size(0):
+        raise ValueError(
+            f"batch must have one entry per row of x, {x.size(0)}, but has shape "
+            f"{tuple(batch.shape)}"
+        )
+    if batch_size is None:
+        if batch.numel() == 0:
+            raise ValueError("the batch is empty: x has no rows; pass at least one token")
+        batch_size = int(batch[-1]) + 1
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be positive, but is {batch_size}")
+    return ptr_from_batch(batch, batch_size)
+
+
+def _check_state(machine: NeuralStateMachine, state: MachineState) -> None:
+    slots = machine.manager.slots
+    if state.states.device != slots.device:
+        raise ValueError(
+            f"state is on {state.states.device}, but the machine is on {slots.device}; use "
+            f"state.to(...)"
+        )
+    if not torch.equal(state.slots, slots):
+        raise ValueError(
+            f"state was carried from slots {state.slots.tolist()}, but now {slots.tolist()} are "
+            f"active; take it along with state.edit(edit, machine.manager)"
+        )
+    shape = (state.num_examples * slots.numel(), machine.state_channels)
+    has_cell = machine.cell.propagator.cell == "lstm"
+    if state.states.shape != shape or (state.cell is not None) != has_cell:
+        raise ValueError(
+            f"state must hold states of shape {shape} {'and' if has_cell else 'without'} a cell, "
+            f"but has {tuple(state.states.shape)}; it comes from another machine"
+        )
+
+
+def _check_segment_length(machine: NeuralStateMachine, segment_length: int | None) -> None:
+    if segment_length is None:
+        return
+    if machine.segment_length is None:
+        raise ValueError("segment_length was given, but this machine reads whole graphs")
+    if not isinstance(segment_length, int) or segment_length < 1:
+        raise ValueError(f"segment_length must be a positive integer, but is {segment_length!r}")
+    has_table = isinstance(machine.position, LearnedPosition) or machine.cell.relative is not None
+    if has_table and segment_length > machine.segment_length:
+        raise ValueError(
+            f"segment_length {segment_length} is longer than the {machine.segment_length} places "
+            f'this machine has learned; build it longer, or with position="sinusoidal"'
+        )
+
+
+def _check_graph_input(
+    machine: NeuralStateMachine,
+    x: Tensor,
+    edge_index: Tensor | None,
+    edge_attr: Tensor | None,
+    pe: Tensor | None,
+) -> None:
+    if machine.segment_length is not None:
+        for name, value in (("edge_index", edge_index), ("edge_attr", edge_attr), ("pe", pe)):
+            if value is not None:
+                raise ValueError(
+                    f"{name} was given, but this machine reads sequences; build it with "
+                    f"segment_length=None for graphs"
+                )
+        return
+    if (machine.graph_position is None) != (pe is None):
+        needed = "needs" if pe is None else "was not built for"
+        raise ValueError(f"the machine {needed} pe; pe_channels in the constructor decides")
+    if machine.passes is not None and edge_index is None:
+        raise ValueError("the machine has a conv, which needs edge_index")
+    if edge_attr is not None and edge_index is None:
+        raise ValueError("edge_attr was given without edge_index")
+    if edge_index is not None:
+        if edge_index.dim() != 2 or edge_index.size(0) != 2 or edge_index.is_floating_point():
+            raise ValueError(
+                f"edge_index must be integer of shape (2, E), but has {tuple(edge_index.shape)} "
+                f"and dtype {edge_index.dtype}"
+            )
+        if edge_index.numel() > 0:
+            least, most = torch.stack(edge_index.aminmax()).tolist()
+            if least < 0 or most >= x.size(0):
+                raise ValueError(
+                    f"edge_index names node {least if least < 0 else most}, but x has {x.size(0)} "
+                    f"rows"
+                )
+    if edge_attr is not None:
+        if edge_attr.size(0) != edge_index.size(1):
+            raise ValueError(
+                f"edge_attr has {edge_attr.size(0)} rows, but edge_index has "
+                f"{edge_index.size(1)} edges"
+            )
+        if machine.edge_embedding is not None:
+            machine.edge_embedding.check(edge_attr)

@@ -1,0 +1,126 @@
+"""How a ragged batch is cut into segments: the order in which the machine reads tokens.
+
+Examples are sorted by number of segments, longest first, so that those still active at step t are a
+prefix. Tokens are reordered step by step, so that each step reads one contiguous slice; a *group*
+is one segment of one example. Nothing is padded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nsm_graph.relation import Partition, Relation
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """What one step of the loop reads."""
+
+    num_examples: int  #: the first so many examples in reading order
+    num_tokens: int
+    num_groups: int  #: equals num_examples; named for slicing group-wise tensors
+    relation: Relation  #: this step's tokens -> states, complete
+
+
+@dataclass(frozen=True, eq=False)
+class SegmentPlan:
+    """The reading order of a batch of B examples with N states each.
+
+    Args:
+        token_order: ``[T]``, which input token stands at each place of the reading order.
+        example_order: ``[B]``, which example stands at each rank.
+        place: ``[T]``, index of each token inside its segment, in reading order.
+        index: ``[T]``, index of each token inside its example, in reading order.
+        groups: All segments, as a partition of the reordered tokens.
+        relation: All segments at once: tokens -> (group, state), for what is hoisted.
+        steps: One entry for each step of the loop.
+    """
+
+    token_order: Tensor
+    example_order: Tensor
+    place: Tensor
+    index: Tensor
+    groups: Partition
+    relation: Relation
+    steps: list[Step]
+
+    @property
+    def group_example(self) -> Tensor:
+        """``[G]``, the example (not the rank) of each group."""
+        return torch.cat([self.example_order[: step.num_examples] for step in self.steps])
+
+
+def plan_segments(
+    counts: list[int], segment_length: int, num_states: int, device: torch.device
+) -> SegmentPlan:
+    """Cuts examples of the given token counts into segments.
+
+    Runs on the host: the counts are Python numbers, and only finished index tensors go to the
+    device.
+    """
+    count = torch.tensor(counts, dtype=torch.long)
+    num_segments = (count + segment_length - 1) // segment_length
+    example_order = torch.argsort(num_segments, descending=True, stable=True)
+    sorted_count, sorted_segments = count[example_order], num_segments[example_order]
+    num_steps = int(sorted_segments[0]) if counts else 0
+
+    step_index = torch.arange(num_steps).unsqueeze(1)
+    is_active = sorted_segments > step_index  # [steps, B], a prefix of each row
+    group_count = (sorted_count - step_index * segment_length).clamp(0, segment_length)[is_active]
+    group_rank = torch.arange(len(counts)).expand(num_steps, -1)[is_active]
+    group_step = step_index.expand(-1, len(counts))[is_active]
+
+    num_tokens = sum(counts)
+    group_of = torch.repeat_interleave(group_count, output_size=num_tokens)
+    group_start = group_count.cumsum(0) - group_count
+    place = torch.arange(num_tokens) - group_start[group_of]
+    index = group_step[group_of] * segment_length + place
+    first_token = (count.cumsum(0) - count)[example_order]
+    token_order = first_token[group_rank[group_of]] + index
+
+    steps = _make_steps(group_count, is_active.sum(1).tolist(), segment_length, num_states, device)
+    groups = _partition(group_count, segment_length, device)
+    states = Partition.uniform(group_count.numel(), num_states, device)
+    return SegmentPlan(
+        token_order.to(device),
+        example_order.to(device),
+        place.to(device),
+        index.to(device),
+        groups,
+        Relation.between(groups, states),
+        steps,
+    )
+
+
+def _make_steps(
+    group_count: Tensor,
+    num_active: list[int],
+    segment_length: int,
+    num_states: int,
+    device: torch.device,
+) -> list[Step]:
+    steps: list[Step] = []
+    full_steps: dict[int, Step] = {}
+    for count in group_count.split(num_active):
+        num_examples = count.numel()
+        is_full = int(count.min()) == segment_length
+        step = full_steps.get(num_examples) if is_full else None
+        if step is None:
+            tokens = _partition(count, segment_length, device)
+            states = Partition.uniform(num_examples, num_states, device)
+            relation = Relation.between(tokens, states)
+            step = Step(num_examples, tokens.num_rows, num_examples, relation)
+            if is_full:
+                full_steps[num_examples] = step
+        steps.append(step)
+    return steps
+
+
+def _partition(count: Tensor, segment_length: int, device: torch.device) -> Partition:
+    if count.numel() > 0 and int(count.min()) == segment_length:
+        return Partition.uniform(count.numel(), segment_length, device)
+    ptr = torch.cat([count.new_zeros(1), count.cumsum(0)])
+    return Partition.from_ptr(ptr).to(device)

@@ -1,0 +1,94 @@
+"""Reading sequences: hoist what depends on tokens only, then loop over segments."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nsm_graph.models.cell import StateMachineCell
+from nsm_graph.models.loop import Trace, read_segments
+from nsm_graph.models.segments import SegmentPlan
+from nsm_graph.models.state import MachineState, Reading, Record
+
+
+def read_sequence(
+    cell: StateMachineCell,
+    tokens: Tensor,
+    plan: SegmentPlan,
+    state: MachineState,
+    importance: Tensor,
+    *,
+    bptt_segments: int | None,
+    checkpoint_segments: int | str | None,
+    record: Record | None,
+) -> Reading:
+    """Reads all segments of a batch.
+
+    Args:
+        cell: Reads one segment.
+        tokens: Embedded tokens in the plan's reading order, ``[T, C_t]``.
+        plan: The reading order.
+        state: The memory before, examples in input order.
+        importance: Learnable importance of every slot.
+        bptt_segments: See :func:`nsm_graph.models.loop.read_segments`.
+        checkpoint_segments: The same.
+        record: To be filled, where given.
+    """
+    num_states = state.slots.numel()
+    hoisted, weights = cell.hoist(tokens, plan.place, plan.relation, importance, state.slots)
+    inputs = cell.connect(cell.split(hoisted, plan.steps), state.slots)
+    trace = read_segments(
+        cell,
+        _reorder(state.states, plan.example_order, num_states),
+        None if state.cell is None else _reorder(state.cell, plan.example_order, num_states),
+        inputs,
+        bptt_segments=bptt_segments,
+        checkpoint_segments=checkpoint_segments,
+        record=record is not None,
+    )
+    rank = torch.argsort(plan.example_order)
+    num_read = torch.zeros_like(state.num_tokens).index_add(
+        0, plan.group_example, plan.groups.ptr.diff()
+    )
+    new_state = MachineState(
+        _reorder(trace.states, rank, num_states),
+        None if trace.cell is None else _reorder(trace.cell, rank, num_states),
+        state.num_tokens + num_read,
+        state.slots,
+    )
+    if record is not None:
+        _fill(record, plan, trace, weights, [step.relation for step in inputs])
+    reads = [read for read in trace.reads if read is not None]
+    return Reading(
+        state=new_state,
+        tokens=tokens,
+        token_order=plan.token_order,
+        relation=plan.relation,
+        before=torch.cat(trace.before) if trace.before else trace.states[:0],
+        after=torch.cat(trace.after) if trace.after else trace.states[:0],
+        reads=torch.cat(reads) if reads else None,
+        routes=hoisted.relation,
+        weights=weights,
+    )
+
+
+def _reorder(rows: Tensor, order: Tensor, num_states: int) -> Tensor:
+    """Puts the examples of ``[B N, C]`` into another order."""
+    if order.numel() <= 1:
+        return rows
+    return rows.unflatten(0, (-1, num_states))[order].flatten(0, 1)
+
+
+def _fill(
+    record: Record, plan: SegmentPlan, trace: Trace, weights: Tensor | None, relations: list
+) -> None:
+    num_steps = len(plan.steps)
+    record.examples += [plan.example_order[: step.num_groups] for step in plan.steps]
+    record.tokens += plan.token_order.split([step.num_tokens for step in plan.steps])
+    record.relations += relations
+    sizes = [relation.num_edges for relation in relations]
+    record.routing += [None] * num_steps if weights is None else weights.split(sizes)
+    record.attention += [output.attention for output in trace.outputs]
+    record.gates += [output.propagated.gates for output in trace.outputs]
+    record.states += trace.after
+    record.topologies += [output.talks for output in trace.outputs]

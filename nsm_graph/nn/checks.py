@@ -1,0 +1,29 @@
+"""Argument checks that read shapes and types only, so that compiled layers may keep them."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def check_features(x: Tensor, channels: int, name: str) -> None:
+    """Raises unless ``x`` is floating point of shape ``(nodes, channels)``; -1 = any width."""
+    if not isinstance(x, Tensor) or x.dim() != 2 or channels not in (-1, x.size(1)):
+        width = "channels" if channels == -1 else channels
+        got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"{name} must have shape (nodes, {width}), but got {got}")
+    if not x.is_floating_point():
+        raise ValueError(f"{name} must be floating point, but has dtype {x.dtype}; use .float()")
+
+
+def check_channels(**channels: int) -> None:
+    """Raises unless every given size is positive, or -1 (inferred at the first call)."""
+    for name, value in channels.items():
+        if not isinstance(value, int) or (value < 1 and value != -1):
+            raise ValueError(f"{name} must be a positive integer or -1 (inferred), not {value!r}")
+
+
+def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
+    """Raises unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        listed = ", ".join(repr(choice) for choice in choices)
+        raise ValueError(f"{name} must be one of {listed}, but is {value!r}")

@@ -1,0 +1,76 @@
+"""Which backend serves a call, and why: one table, visible to the user."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from nsm_graph.ops.segment import HAS_TORCH_SCATTER
+from nsm_graph.relation import Relation
+
+#: A ragged complete relation is padded if at least this share of the padded block holds edges.
+MIN_DENSE_FILL = 0.5
+
+
+class BackendChoice(NamedTuple):
+    """A backend's name and the reason it was chosen."""
+
+    name: str
+    reason: str
+
+
+def choose_backend(
+    relation: Relation, dtype: torch.dtype, forced: str | None = None
+) -> BackendChoice:
+    """The first row of the table that fits; see :func:`explain`."""
+    if forced is not None:
+        _check_forced(forced, relation)
+        return BackendChoice(forced, "forced by backend=")
+    if dtype == torch.float64:
+        return BackendChoice("reference", "float64 asks for exactness and second derivatives")
+    if not relation.is_complete:
+        return BackendChoice("reference", "general edges")
+    if relation.is_uniform:
+        return BackendChoice("dense", "complete and uniform: one dense block per example")
+    if relation.fill >= MIN_DENSE_FILL:
+        return BackendChoice("dense", f"complete and ragged, {relation.fill:.0%} of the padding full")
+    return BackendChoice(
+        "reference", f"complete and ragged, only {relation.fill:.0%} of the padding full"
+    )
+
+
+def explain(relation: Relation, dtype: torch.dtype = torch.float32) -> BackendChoice:
+    r"""Says which backend serves a relation, and why.
+
+    Example:
+        >>> explain(Relation.complete([0, 4, 8], [0, 2, 4])).name
+        'dense'
+    """
+    return choose_backend(relation, dtype)
+
+
+def available_backends() -> list[tuple[str, bool, str]]:
+    """Name, availability and reason of every backend."""
+    has_scatter = "torch-scatter is installed" if HAS_TORCH_SCATTER else (
+        "needs torch-scatter: pip install --no-build-isolation torch-scatter"
+    )
+    return [
+        ("reference", True, "gather, softmax, scatter; any edges, any order of derivative"),
+        ("dense", True, "scaled_dot_product_attention; complete relations"),
+        ("segment_csr", HAS_TORCH_SCATTER, f"{has_scatter}; only where forced"),
+    ]
+
+
+def _check_forced(name: str, relation: Relation) -> None:
+    known = {backend: (is_available, why) for backend, is_available, why in available_backends()}
+    if name not in known:
+        raise ValueError(f"backend must be one of {sorted(known)} or None, but is {name!r}")
+    is_available, why = known[name]
+    if not is_available:
+        raise ValueError(f"backend {name!r} is not available: {why}")
+    if name == "dense" and not relation.is_complete:
+        raise ValueError(
+            'backend "dense" needs a complete relation, but this one holds general edges; '
+            'use backend="reference" or None'
+        )

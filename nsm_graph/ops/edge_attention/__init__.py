@@ -1,0 +1,158 @@
+"""The hot operation: softmax over grouped edges, weighted sum into targets.
+
+One signature, several backends, one reference. This file checks the arguments and chooses the
+backend; `README.md` beside it holds the derivation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+from torch import Tensor
+
+from nsm_graph.ops.backend import BackendChoice, choose_backend
+from nsm_graph.ops.edge_attention import dense, reference, segment_csr
+from nsm_graph.relation import Relation, check_size
+
+Normalise = Literal["target", "source"]
+
+BACKENDS: dict[str, Callable[..., Tensor]] = {
+    "reference": reference.edge_attention,
+    "segment_csr": segment_csr.edge_attention,
+    "dense": dense.edge_attention,
+}
+
+
+def edge_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    relation: Relation,
+    *,
+    bias: Tensor | None = None,
+    normalise: Normalise = "target",
+    scale: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    r"""Softmax over the edges that share a node, weighted sum of values into the targets.
+
+    .. math::
+        a_{e,h} = \mathrm{softmax}_{e' \in G(e)}\big(q_{j,h} \cdot k_{i,h} \, / \sqrt{D}
+        + b_{e,h}\big), \qquad
+        o_{j,h} = \sum_{e: i \to j} a_{e,h} \, v_{i,h}
+
+    :math:`G(e)` holds the edges that enter the same target (``normalise="target"``: attention) or
+    that leave the same source (``normalise="source"``: routing). A group without edges, or in
+    which every bias is :math:`-\infty`, contributes zeros. Duplicate edges count twice.
+
+    Args:
+        query: One row per target.
+        key: One row per source.
+        value: One row per source.
+        relation: The edges, from sources to targets.
+        bias: Added to the scores, in the relation's edge order; :math:`-\infty` removes an edge.
+            (default: :obj:`None`)
+        normalise: Which end of the edges forms the groups. (default: :obj:`"target"`)
+        scale: Factor of the dot products; ``None`` for :math:`1 / \sqrt{D}`.
+            (default: :obj:`None`)
+        backend: Name of the backend to force; ``None`` to let :func:`nsm_graph.ops.explain`
+            choose. (default: :obj:`None`)
+
+    Shapes:
+        - **input:** query :math:`(N, H, D)`, key and value :math:`(M, H, D)`, bias
+          :math:`(E,)`, :math:`(E, 1)` or :math:`(E, H)`
+        - **output:** :math:`(N, H, D)`
+
+    Raises:
+        ValueError: If shapes, dtypes, devices or the relation's sizes disagree, or the backend
+            is unknown or cannot serve this call.
+
+    Example:
+        >>> import torch
+        >>> relation = Relation.complete([0, 3], [0, 2])
+        >>> q, k = torch.randn(2, 4, 8), torch.randn(3, 4, 8)
+        >>> edge_attention(q, k, k, relation).shape
+        torch.Size([2, 4, 8])
+    """
+    bias = _check_arguments(query, key, value, relation, bias, normalise)
+    scale = query.size(-1) ** -0.5 if scale is None else scale
+    choice = choose_backend(relation, query.dtype, forced=backend)
+    return BACKENDS[choice.name](
+        query, key, value, relation, bias_EH=bias, normalise=normalise, scale=scale
+    )
+
+
+def edge_attention_weights(
+    query: Tensor,
+    key: Tensor,
+    relation: Relation,
+    *,
+    bias: Tensor | None = None,
+    normalise: Normalise = "target",
+    scale: float | None = None,
+) -> Tensor:
+    r"""The weights :math:`a_{e,h}` of :func:`edge_attention` in edge order, ``(E, H)``.
+
+    For looking at: it materialises one number per edge and head.
+    """
+    bias = _check_arguments(query, key, key, relation, bias, normalise)
+    scale = query.size(-1) ** -0.5 if scale is None else scale
+    return reference.edge_attention_weights(
+        query, key, relation, bias_EH=bias, normalise=normalise, scale=scale
+    )
+
+
+def _check_arguments(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    relation: Relation,
+    bias: Tensor | None,
+    normalise: str,
+) -> Tensor | None:
+    """Checks everything that can be checked without reading values; returns the bias ``[E, H]``."""
+    if normalise not in ("target", "source"):
+        raise ValueError(f'normalise must be "target" or "source", but is {normalise!r}')
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.dim() != 3:
+            raise ValueError(
+                f"{name} must have shape (nodes, heads, channels), but has {tuple(tensor.shape)}"
+            )
+        if tensor.dtype != query.dtype:
+            raise ValueError(f"{name} has dtype {tensor.dtype}, but query has {query.dtype}")
+        if tensor.device != query.device:
+            raise ValueError(f"{name} is on {tensor.device}, but query is on {query.device}")
+    if not query.is_floating_point():
+        raise ValueError(f"query, key and value must be floating point, but are {query.dtype}")
+    if key.shape[1:] != query.shape[1:] or value.shape[:2] != key.shape[:2]:
+        raise ValueError(
+            f"query {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)} "
+            f"must agree in heads, query and key in channels, key and value in rows"
+        )
+    if value.size(2) != query.size(2):
+        raise ValueError(
+            f"value has {value.size(2)} channels a head, but query has {query.size(2)}; they must "
+            f"be equal"
+        )
+    check_size(relation, (key.size(0), query.size(0)))
+    if relation.device != query.device:
+        raise ValueError(
+            f"relation is on {relation.device}, but query is on {query.device}; use relation.to()"
+        )
+    if bias is None:
+        return None
+    if bias.dim() == 1:
+        bias = bias.unsqueeze(1)
+    if bias.dim() != 2 or bias.size(0) != relation.num_edges or bias.size(1) not in (
+        1,
+        query.size(1),
+    ):
+        raise ValueError(
+            f"bias must have shape ({relation.num_edges},), ({relation.num_edges}, 1) or "
+            f"({relation.num_edges}, {query.size(1)}), but has {tuple(bias.shape)}"
+        )
+    return bias.to(query.dtype)
+
+
+__all__ = ["BACKENDS", "BackendChoice", "edge_attention", "edge_attention_weights"]

@@ -1,0 +1,63 @@
+"""Routing: softmax over the states of each token, mean over heads, weighted sum into states.
+
+The router's logits are linear in the token, one column per state and head, so the scores come as a
+table per token and not as dot products of node features; that is what sets this operation apart
+from :func:`nsm_graph.ops.edge_attention` with ``normalise="source"``.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from nsm_graph.ops.backend import choose_backend
+from nsm_graph.ops.routing import dense, reference
+from nsm_graph.relation import Relation, check_size
+
+
+def route(
+    logits: Tensor,
+    x: Tensor,
+    relation: Relation,
+    column: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""Routes tokens to states.
+
+    .. math::
+        w_{e,h} = \mathrm{softmax}_{e' \text{ leaving } i}\; z_{i,c(j),h}, \qquad
+        w_e = \tfrac{1}{H} \textstyle\sum_h w_{e,h}, \qquad
+        r_j = \sum_{e: i \to j} w_e \, x_i
+
+    Args:
+        logits: The table z: one logit per token, column and head.
+        x: The tokens.
+        relation: From tokens to states.
+        column: Which column of the table each state reads; ``None`` if the i-th state of every
+            example reads the i-th of its K columns. (default: :obj:`None`)
+        backend: ``"reference"``, ``"dense"`` or ``None`` to choose. (default: :obj:`None`)
+
+    Shapes:
+        - **input:** logits :math:`(T, K, H)`, x :math:`(T, C)`, column :math:`(N,)`
+        - **output:** routed :math:`(N, C)`, weights :math:`(E,)` in edge order
+    """
+    if logits.dim() != 3 or logits.size(0) != x.size(0):
+        raise ValueError(
+            f"logits must have shape ({x.size(0)}, columns, heads), but has {tuple(logits.shape)}"
+        )
+    num_columns = logits.size(1)
+    if column is None and not _is_column_by_position(relation, num_columns):
+        raise ValueError(
+            f"{relation} does not give every example {num_columns} states, as many as there are "
+            f"columns in logits; say with column= which column each state reads"
+        )
+    check_size(relation, (x.size(0), relation.num_dst if column is None else column.size(0)))
+    choice = choose_backend(relation, x.dtype, forced=backend)
+    implementation = dense.route if choice.name == "dense" else reference.route
+    return implementation(logits, x, relation, column)
+
+
+def _is_column_by_position(relation: Relation, num_columns: int) -> bool:
+    if relation.targets is None:
+        return num_columns > 0 and relation.num_dst % num_columns == 0
+    return relation.targets.is_uniform and relation.targets.max_count in (0, num_columns)

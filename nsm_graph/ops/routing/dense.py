@@ -1,0 +1,38 @@
+"""Routing on the dense view of a complete relation: one softmax and one batched product.
+
+Legend: T tokens in all, N states in all, K columns, H heads, C channels; of one example (padded):
+L tokens, n states.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nsm_graph.relation import Relation
+
+
+def route(
+    logits_TKH: Tensor, x_TC: Tensor, relation: Relation, column_N: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Routed sums ``[N, C]`` and head-averaged weights ``[E]``."""
+    sources, targets = relation.sources, relation.targets
+    assert sources is not None and targets is not None
+    if relation.num_edges == 0:
+        zero = (logits_TKH.sum() + x_TC.sum()) * 0
+        return x_TC.new_zeros(relation.num_dst, x_TC.size(1)) + zero, x_TC.new_zeros(0)
+    logits_BLKH = sources.pad(logits_TKH)
+    scores_BLnH = logits_BLKH
+    if column_N is not None:
+        column_B1n1 = targets.pad(column_N)[:, None, :, None]
+        shape = (-1, logits_BLKH.size(1), -1, logits_BLKH.size(3))
+        scores_BLnH = logits_BLKH.gather(2, column_B1n1.expand(shape))
+    if not targets.is_uniform:
+        is_padding_Bn = ~targets.mask()
+        # An example without states has nothing to normalise over; its row is dropped by unpad.
+        is_padding_Bn = is_padding_Bn & targets.mask().any(-1, keepdim=True)
+        scores_BLnH = scores_BLnH.masked_fill(is_padding_Bn[:, None, :, None], -torch.inf)
+    weights_BLn = scores_BLnH.softmax(2).mean(3)
+    routed_BnC = weights_BLn.transpose(1, 2) @ sources.pad(x_TC)
+    weights_E = relation.from_dense(weights_BLn.transpose(1, 2))
+    return targets.unpad(routed_BnC), weights_E

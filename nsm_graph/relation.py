@@ -1,0 +1,425 @@
+r"""Edge sets that know their structure.
+
+A :class:`Relation` is one set of edges from a source node set to a target node set. Layers and
+operations ask it what it knows (complete per example, or general) instead of finding out again.
+
+Legend: M sources, N targets, E edges, B examples; a ``ptr`` of size B + 1 says which rows belong to
+which example, as in PyG.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_INT32_MAX = 2**31 - 1
+
+
+class CompressedEdges(NamedTuple):
+    """Edges grouped by one of their ends (CSR by target, CSC by source)."""
+
+    ptr: Tensor  #: ``[groups + 1]``, int32 where it fits
+    index: Tensor  #: ``[E]``, the other end of each edge, int32 where it fits
+    perm: Tensor  #: ``[E]``, which edge of the relation stands here, int64
+
+
+@dataclass(frozen=True, eq=False)
+class Partition:
+    """How the rows of one node set fall into examples, with the padded view of it.
+
+    The padded view exists inside operations only; nothing padded crosses the public interface.
+    """
+
+    ptr: Tensor
+    num_rows: int
+    max_count: int
+    is_uniform: bool
+    position: Tensor | None  #: ``[num_rows]``, each row's place in the flat padded view
+
+    @classmethod
+    def from_ptr(cls, ptr: Tensor) -> Partition:
+        """Reads the pointer once (one device synchronisation) and keeps what follows from it."""
+        counts = ptr.diff()
+        num_examples = counts.numel()
+        if num_examples == 0:
+            return cls(ptr, 0, 0, True, None)
+        least, most, num_rows = torch.stack([counts.min(), counts.max(), ptr[-1]]).tolist()
+        if least == most:
+            return cls(ptr, num_rows, most, True, None)
+        example = torch.repeat_interleave(counts, output_size=num_rows)
+        row = torch.arange(num_rows, device=ptr.device)
+        return cls(ptr, num_rows, most, False, row - ptr[example] + example * most)
+
+    @classmethod
+    def uniform(
+        cls, num_examples: int, count: int, device: torch.device | str | None = None
+    ) -> Partition:
+        """``num_examples`` examples of ``count`` rows each; reads nothing back from the device."""
+        ptr = torch.arange(num_examples + 1, device=device) * count
+        return cls(ptr, num_examples * count, count, True, None)
+
+    @property
+    def num_examples(self) -> int:
+        return self.ptr.numel() - 1
+
+    @property
+    def batch(self) -> Tensor:
+        """The example of every row, ``[num_rows]``."""
+        return torch.repeat_interleave(self.ptr.diff(), output_size=self.num_rows)
+
+    def pad(self, rows: Tensor) -> Tensor:
+        """``[num_rows, ...]`` -> ``[B, max_count, ...]``, zeros where an example has fewer rows."""
+        if self.is_uniform:
+            return rows.unflatten(0, (self.num_examples, self.max_count))
+        assert self.position is not None
+        flat = rows.new_zeros(self.num_examples * self.max_count, *rows.shape[1:])
+        flat = flat.index_copy(0, self.position, rows)
+        return flat.unflatten(0, (self.num_examples, self.max_count))
+
+    def unpad(self, padded: Tensor) -> Tensor:
+        """``[B, max_count, ...]`` -> ``[num_rows, ...]``; the inverse of :meth:`pad`."""
+        flat = padded.flatten(0, 1)
+        return flat if self.position is None else flat.index_select(0, self.position)
+
+    def mask(self) -> Tensor:
+        """``[B, max_count]``, true where the padded view holds a row."""
+        place = torch.arange(self.max_count, device=self.ptr.device)
+        return place < self.ptr.diff().unsqueeze(1)
+
+    def to(self, device: torch.device | str) -> Partition:
+        position = None if self.position is None else self.position.to(device)
+        return Partition(
+            self.ptr.to(device), self.num_rows, self.max_count, self.is_uniform, position
+        )
+
+
+class Relation:
+    r"""One set of edges from M source nodes to N target nodes.
+
+    Build it with :meth:`complete`, :meth:`from_batch` or :meth:`from_edge_index`. The order of the
+    edges is fixed: as given for a general relation; for a complete one by example, then by target,
+    then by source. Per-edge values (attention weights, biases) always stand in this order.
+
+    Example:
+        >>> relation = Relation.complete([0, 3, 5], [0, 2, 4])   # 3 and 2 tokens, 2 states each
+        >>> relation
+        Relation(5 -> 4, 10 edges, complete over 2 examples)
+        >>> relation.edge_index[:, :3]
+        tensor([[0, 1, 2],
+                [0, 0, 0]])
+    """
+
+    def __init__(
+        self,
+        edge_index: Tensor | None,
+        size: tuple[int, int],
+        sources: Partition | None = None,
+        targets: Partition | None = None,
+        num_edges: int | None = None,
+    ) -> None:
+        # Internal: no checks. The class methods below are the checked constructors.
+        self._edge_index = edge_index
+        self.num_src, self.num_dst = size
+        self.sources = sources
+        self.targets = targets
+        self.is_complete = edge_index is None
+        self.num_edges = int(edge_index.size(1)) if edge_index is not None else int(num_edges or 0)
+
+    # Constructors ###############################################################
+
+    @classmethod
+    def complete(cls, src_ptr: Tensor | list[int], dst_ptr: Tensor | list[int]) -> Relation:
+        r"""Every source of an example to every target of the same example; stores no edges.
+
+        Args:
+            src_ptr: ``[B + 1]``; the sources of example b are rows ``src_ptr[b]:src_ptr[b + 1]``.
+            dst_ptr: ``[B + 1]``; the same for the targets.
+
+        Raises:
+            ValueError: If a pointer is not a non-decreasing integer vector that starts at 0, or
+                the two disagree on the number of examples or the device.
+        """
+        src_ptr = _check_ptr(src_ptr, "src_ptr")
+        dst_ptr = src_ptr if dst_ptr is src_ptr else _check_ptr(dst_ptr, "dst_ptr")
+        if src_ptr.numel() != dst_ptr.numel():
+            raise ValueError(
+                f"src_ptr has {src_ptr.numel() - 1} examples, but dst_ptr has "
+                f"{dst_ptr.numel() - 1}; build both from the same batch"
+            )
+        if src_ptr.device != dst_ptr.device:
+            raise ValueError(
+                f"src_ptr is on {src_ptr.device}, but dst_ptr is on {dst_ptr.device}; move one"
+            )
+        sources = Partition.from_ptr(src_ptr)
+        targets = sources if dst_ptr is src_ptr else Partition.from_ptr(dst_ptr)
+        return cls.between(sources, targets)
+
+    @classmethod
+    def between(cls, sources: Partition, targets: Partition) -> Relation:
+        """The complete relation between two partitions that are already known."""
+        if sources.is_uniform and targets.is_uniform:
+            num_edges = sources.num_rows * targets.max_count
+        else:
+            num_edges = int((sources.ptr.diff() * targets.ptr.diff()).sum())
+        return cls(None, (sources.num_rows, targets.num_rows), sources, targets, num_edges)
+
+    @classmethod
+    def from_batch(
+        cls, src_batch: Tensor, dst_batch: Tensor, batch_size: int | None = None
+    ) -> Relation:
+        r"""The complete relation of two sorted PyG ``batch`` vectors."""
+        if batch_size is None:
+            ends = [int(b[-1]) + 1 for b in (src_batch, dst_batch) if b.numel() > 0]
+            batch_size = max(ends, default=0)
+        src_ptr = ptr_from_batch(src_batch, batch_size, "src_batch")
+        dst_ptr = ptr_from_batch(dst_batch, batch_size, "dst_batch")
+        return cls.complete(src_ptr, dst_ptr)
+
+    @classmethod
+    def from_edge_index(cls, edge_index: Tensor, size: tuple[int, int] | None = None) -> Relation:
+        r"""A general relation from PyG's ``edge_index`` (sources above targets).
+
+        Args:
+            edge_index: ``[2, E]`` of an integer type. Duplicate edges stay, and count twice.
+            size: ``(num_src, num_dst)``; ``None`` to take the largest index of each row.
+
+        Raises:
+            ValueError: If shape, type or an index is wrong.
+        """
+        if not isinstance(edge_index, Tensor) or edge_index.dim() != 2 or edge_index.size(0) != 2:
+            got = tuple(edge_index.shape) if isinstance(edge_index, Tensor) else type(edge_index)
+            raise ValueError(f"edge_index must be a tensor of shape (2, E), but got {got}")
+        if edge_index.is_floating_point() or edge_index.is_complex():
+            raise ValueError(
+                f"edge_index must hold integers, but has dtype {edge_index.dtype}; use .long()"
+            )
+        edge_index = edge_index.long()
+        is_empty = edge_index.size(1) == 0
+        most = [-1, -1] if is_empty else edge_index.amax(dim=1).tolist()
+        least = 0 if is_empty else int(edge_index.min())
+        if least < 0:
+            raise ValueError(f"edge_index holds the negative index {least}; indices start at 0")
+        size = (most[0] + 1, most[1] + 1) if size is None else (int(size[0]), int(size[1]))
+        for name, index, rows in zip(("source", "target"), most, size, strict=True):
+            if index >= rows:
+                raise ValueError(
+                    f"edge_index names {name} {index}, but there are {rows} {name} nodes; "
+                    f"indices go from 0 to {rows - 1}"
+                )
+        return cls(edge_index, size)
+
+    # What it knows ##############################################################
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """``(num_src, num_dst)``, as PyG's ``size``."""
+        return self.num_src, self.num_dst
+
+    @property
+    def device(self) -> torch.device:
+        if self._edge_index is not None:
+            return self._edge_index.device
+        assert self.sources is not None
+        return self.sources.ptr.device
+
+    @property
+    def num_examples(self) -> int:
+        """Examples of a complete relation; a general one may count as a single example."""
+        return 1 if self.sources is None else self.sources.num_examples
+
+    @property
+    def is_uniform(self) -> bool:
+        """Complete, with equally many sources and equally many targets in every example."""
+        return (
+            self.is_complete
+            and self.sources is not None
+            and self.targets is not None
+            and self.sources.is_uniform
+            and self.targets.is_uniform
+        )
+
+    @property
+    def fill(self) -> float:
+        """Share of the padded dense view that holds edges; 1 for a uniform relation."""
+        if self.sources is None or self.targets is None:
+            dense = self.num_src * self.num_dst
+        else:
+            dense = self.num_examples * self.sources.max_count * self.targets.max_count
+        return self.num_edges / dense if dense > 0 else 1.0
+
+    @cached_property
+    def edge_index(self) -> Tensor:
+        """``[2, E]``, int64, in the relation's own order."""
+        if self._edge_index is not None:
+            return self._edge_index
+        assert self.sources is not None and self.targets is not None
+        # Target-major: each target repeats the sources of its example.
+        counts = self.sources.ptr.diff()
+        example_of_target = self.targets.batch
+        degree = counts[example_of_target]
+        target = torch.repeat_interleave(degree, output_size=self.num_edges)
+        first_edge = degree.cumsum(0) - degree
+        within = torch.arange(self.num_edges, device=self.device) - first_edge[target]
+        return torch.stack([self.sources.ptr[example_of_target[target]] + within, target])
+
+    @cached_property
+    def csr(self) -> CompressedEdges:
+        """Edges grouped by target; ``index`` holds their sources."""
+        return _compress(self.edge_index[1], self.edge_index[0], self.num_dst)
+
+    @cached_property
+    def csc(self) -> CompressedEdges:
+        """Edges grouped by source; ``index`` holds their targets."""
+        return _compress(self.edge_index[0], self.edge_index[1], self.num_src)
+
+    @cached_property
+    def has_in_edge(self) -> Tensor:
+        """``[N]``, true for targets that at least one edge enters."""
+        if self.is_complete and self.sources is not None and self.targets is not None:
+            return (self.sources.ptr.diff() > 0)[self.targets.batch]
+        mask = torch.zeros(self.num_dst, dtype=torch.bool, device=self.device)
+        mask[self.edge_index[1]] = True
+        return mask
+
+    # Changes ####################################################################
+
+    def reverse(self) -> Relation:
+        """The same edges from targets to sources.
+
+        A general relation keeps its edge order; a complete one has the complete order again.
+        """
+        if self.is_complete:
+            size = (self.num_dst, self.num_src)
+            return Relation(None, size, self.targets, self.sources, self.num_edges)
+        size = (self.num_dst, self.num_src)
+        return Relation(self.edge_index.flip(0), size, self.targets, self.sources)
+
+    def subset(self, edges: Tensor) -> Relation:
+        """A general relation of some of the edges, named by their numbers; examples are kept."""
+        return Relation(self.edge_index[:, edges], self.size, self.sources, self.targets)
+
+    def to(self, device: torch.device | str) -> Relation:
+        """The relation on another device."""
+        edge_index = None if self._edge_index is None else self._edge_index.to(device)
+        sources = None if self.sources is None else self.sources.to(device)
+        if self.targets is self.sources:
+            targets = sources
+        else:
+            targets = None if self.targets is None else self.targets.to(device)
+        return Relation(edge_index, self.size, sources, targets, self.num_edges)
+
+    def to_dense(self, values: Tensor, fill: float = 0.0) -> Tensor:
+        r"""Per-edge values ``[E, ...]`` as ``[B, targets, sources, ...]``, ``fill`` elsewhere.
+
+        Values of duplicate edges add up. The documented layouts follow by a permutation: routing
+        weights ``[batch, segment, states]`` are ``to_dense(w).transpose(1, 2)``, attention weights
+        ``[batch, heads, states, segment]`` are ``to_dense(alpha).permute(0, 3, 1, 2)``.
+        """
+        if values.size(0) != self.num_edges:
+            raise ValueError(
+                f"the relation has {self.num_edges} edges, but values has {values.size(0)} rows"
+            )
+        if self.sources is None or self.targets is None:
+            shape = (1, self.num_dst, self.num_src)
+        else:
+            shape = (self.num_examples, self.targets.max_count, self.sources.max_count)
+            if self.is_uniform:
+                return values.reshape(*shape, *values.shape[1:])
+        flat = values.new_zeros(shape[0] * shape[1] * shape[2], *values.shape[1:])
+        flat = flat.index_add(0, self._dense_position, values)
+        if fill != 0.0:
+            holds_edge = torch.zeros(flat.size(0), dtype=torch.bool, device=flat.device)
+            holds_edge[self._dense_position] = True
+            flat = flat.masked_fill(~holds_edge.view(-1, *[1] * (flat.dim() - 1)), fill)
+        return flat.unflatten(0, shape)
+
+    def from_dense(self, dense: Tensor) -> Tensor:
+        """``[B, targets, sources, ...]`` -> per-edge values ``[E, ...]``."""
+        flat = dense.flatten(0, 2)
+        return flat if self.is_uniform else flat.index_select(0, self._dense_position)
+
+    @cached_property
+    def _dense_position(self) -> Tensor:
+        """Place of each edge in the flattened dense view."""
+        src, dst = self.edge_index
+        if self.sources is None or self.targets is None:
+            return dst * self.num_src + src
+        example = self.targets.batch[dst]
+        row = dst - self.targets.ptr[example]
+        column = src - self.sources.ptr[example]
+        return (example * self.targets.max_count + row) * self.sources.max_count + column
+
+    def __repr__(self) -> str:
+        kind = f"complete over {self.num_examples} examples" if self.is_complete else "general"
+        return f"Relation({self.num_src} -> {self.num_dst}, {self.num_edges} edges, {kind})"
+
+
+def as_relation(edges: Tensor | Relation, size: tuple[int, int]) -> Relation:
+    """A relation of the given size from what a layer was handed, or a ``ValueError``."""
+    if not isinstance(edges, Relation):
+        return Relation.from_edge_index(edges, size)
+    check_size(edges, size)
+    return edges
+
+
+def check_size(relation: Relation, size: tuple[int, int]) -> None:
+    """Raises if the relation's node counts and those of the features disagree."""
+    for side, rows, given in zip(("from", "to"), relation.size, size, strict=True):
+        if rows != given:
+            raise ValueError(
+                f"relation goes {side} {rows} nodes, but their features have {given} rows; "
+                f"build both from the same batch"
+            )
+
+
+def ptr_from_batch(batch: Tensor, batch_size: int, name: str = "batch") -> Tensor:
+    """PyG's ``ptr`` of a sorted ``batch`` vector, examples without rows included."""
+    if batch.dim() != 1 or batch.is_floating_point():
+        raise ValueError(
+            f"{name} must be an integer vector with one example index per row, but has shape "
+            f"{tuple(batch.shape)} and dtype {batch.dtype}"
+        )
+    if batch.numel() > 0:
+        # One synchronisation for all three checks.
+        steps_back = (batch[1:] < batch[:-1]).sum()
+        back, least, most = torch.stack([steps_back, batch[0].long(), batch[-1].long()]).tolist()
+        if back > 0:
+            raise ValueError(f"{name} must be sorted, but goes back {back} times; sort it and x")
+        if least < 0 or most >= batch_size:
+            raise ValueError(
+                f"{name} holds the example {least if least < 0 else most}, but there are "
+                f"{batch_size} examples; indices go from 0 to {batch_size - 1}"
+            )
+    counts = torch.bincount(batch, minlength=batch_size)
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+
+
+def _check_ptr(ptr: Tensor | list[int], name: str) -> Tensor:
+    ptr = torch.as_tensor(ptr)
+    if ptr.dim() != 1 or ptr.numel() == 0 or ptr.is_floating_point() or ptr.dtype == torch.bool:
+        raise ValueError(
+            f"{name} must be an integer vector of size num_examples + 1, but has shape "
+            f"{tuple(ptr.shape)} and dtype {ptr.dtype}"
+        )
+    ptr = ptr.long()
+    first = int(ptr[0])
+    if first != 0 or bool((ptr.diff() < 0).any()):
+        raise ValueError(
+            f"{name} must start at 0 and never decrease, but is {ptr[:8].tolist()}"
+            f"{'...' if ptr.numel() > 8 else ''}; cumulate the row counts of the examples"
+        )
+    return ptr
+
+
+def _compress(group: Tensor, other: Tensor, num_groups: int) -> CompressedEdges:
+    perm = torch.argsort(group, stable=True)
+    counts = torch.bincount(group, minlength=num_groups)
+    ptr = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    index = other[perm]
+    if max(group.numel(), num_groups, int(other.max()) if other.numel() else 0) <= _INT32_MAX:
+        ptr, index = ptr.int(), index.int()
+    return CompressedEdges(ptr, index, perm)

@@ -1,0 +1,88 @@
+"""Assertions that users can call on layers of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from nsm_graph.ops import edge_attention
+from nsm_graph.relation import Relation
+
+
+def assert_close_to_norm(actual: Tensor, expected: Tensor, tolerance: float, name: str = "") -> None:
+    """Raises unless ``|actual - expected| <= tolerance * |expected|``, in the euclidean norm."""
+    if actual.shape != expected.shape:
+        raise AssertionError(
+            f"{name}: expected shape {tuple(expected.shape)}, but got {tuple(actual.shape)}"
+        )
+    error = (actual - expected).double().norm()
+    bound = tolerance * expected.double().norm().clamp(min=1e-30)
+    if not bool(error <= bound) and bool(error > 0):
+        raise AssertionError(
+            f"{name}: differs by {error:.3e}, but at most {bound:.3e} is allowed "
+            f"({tolerance:.0e} of the norm)"
+        )
+
+
+def assert_matches_reference(
+    backend: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    relation: Relation,
+    *,
+    bias: Tensor | None = None,
+    normalise: str = "target",
+    tolerance: float = 1e-5,
+) -> None:
+    """Raises unless a backend of edge attention equals the reference, every gradient included."""
+    results = []
+    for name in (backend, "reference"):
+        inputs = [t.detach().clone().requires_grad_() for t in (query, key, value)]
+        given = None if bias is None else bias.detach().clone().requires_grad_()
+        out = edge_attention(*inputs, relation, bias=given, normalise=normalise, backend=name)
+        weight = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
+        (out * weight.to(out.device)).sum().backward()
+        grads = [t.grad for t in inputs] + ([] if given is None else [given.grad])
+        results.append([out, *grads])
+    names = ("output", "query gradient", "key gradient", "value gradient", "bias gradient")
+    for name, actual, expected in zip(names, *results, strict=False):
+        if actual is None or expected is None:
+            raise AssertionError(f"{name}: a backend gave none")
+        assert_close_to_norm(actual, expected, tolerance, f"{backend}, {name}")
+
+
+def assert_batch_invariant(
+    function: Callable[[Tensor, Tensor], Tensor],
+    examples: Sequence[Tensor],
+    tolerance: float = 1e-5,
+) -> None:
+    """Raises unless each example gets alone what it gets in the batch.
+
+    Args:
+        function: Takes (x, batch), gives one row per example.
+        examples: The tokens of each example, ``[L_b, C]``.
+        tolerance: Share of the norm by which results may differ.
+    """
+    batch = torch.cat([torch.full((len(x),), i) for i, x in enumerate(examples)])
+    together = function(torch.cat(list(examples)), batch)
+    for i, x in enumerate(examples):
+        alone = function(x, torch.zeros(len(x), dtype=torch.long))
+        assert_close_to_norm(together[i], alone[0], tolerance, f"example {i}")
+
+
+def random_relation(
+    num_src: int, num_dst: int, num_edges: int, *, seed: int = 0, is_unique: bool = False
+) -> Relation:
+    """A general relation with edges drawn at random; duplicates may occur unless refused."""
+    generator = torch.Generator().manual_seed(seed)
+    if num_src == 0 or num_dst == 0:
+        num_edges = 0
+    src = torch.randint(max(num_src, 1), (num_edges,), generator=generator)
+    dst = torch.randint(max(num_dst, 1), (num_edges,), generator=generator)
+    edge_index = torch.stack([src, dst])
+    if is_unique:
+        edge_index = edge_index.unique(dim=1)
+    return Relation.from_edge_index(edge_index, (num_src, num_dst))

@@ -1,0 +1,131 @@
+"""Config and dataset -> model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+from torch_geometric.data import Data
+from torch_geometric.nn import GINConv, GINEConv
+
+from nsm_graph import topology
+from nsm_graph.data import DatasetInfo
+from nsm_graph.models.baselines import (
+    RecurrentBaseline,
+    TransformerBaseline,
+    count_parameters,
+    match_parameters,
+)
+from nsm_graph.models.machine import NeuralStateMachine
+from nsm_graph.topology import Topology
+from nsm_graph.training.config import Config
+from nsm_graph.training.model_config import ModelConfig
+
+HEADS = {
+    "classification": "example",
+    "regression": "example",
+    "token_classification": "token",
+    "next_token": "next_token",
+}
+
+
+def build_model(config: Config, info: DatasetInfo) -> nn.Module:
+    """The model of a config, sized for a dataset.
+
+    Raises:
+        ValueError: If the model cannot read the dataset; the message names the key.
+    """
+    options: dict[str, Any] = {"num_embeddings": info.num_embeddings, "head": HEADS[info.task]}
+    options |= {"pe_channels": info.pe_channels, **config.model.given}
+    kind = config.model.kind
+    if kind == "nsm":
+        options |= _machine_options(config, info)
+        return NeuralStateMachine(info.in_channels, out_channels=info.out_channels, **options)
+    channels = options.pop("channels")
+    if kind == "transformer":
+        return TransformerBaseline(info.in_channels, channels, info.out_channels, **options)
+    return RecurrentBaseline(info.in_channels, channels, info.out_channels, cell=kind, **options)
+
+
+def matched_baseline(config: Config, kind: str, info: DatasetInfo, target: nn.Module) -> Config:
+    """The config with a baseline whose parameter count is nearest to that of `target`."""
+
+    def with_width(channels: int) -> Config:
+        return replace(config, model=ModelConfig(kind=kind, channels=channels))
+
+    def make(channels: int) -> nn.Module:
+        return build_model(with_width(channels), info)
+
+    step = 4 if kind == "transformer" else 1  # a width that its heads divide
+    return with_width(match_parameters(make, count_parameters(target), step=step))
+
+
+def model_inputs(config: ModelConfig, batch: Data) -> dict[str, Tensor | int | None]:
+    """What of a batch the model reads, as keyword arguments."""
+    inputs: dict[str, Tensor | int | None] = {
+        "x": batch.x,
+        "batch": batch.batch,
+        "batch_size": batch.num_graphs,
+        "pe": batch.get("pe"),
+    }
+    if config.conv is not None:
+        inputs["edge_index"] = batch.edge_index
+    if config.conv == "gine":
+        inputs["edge_attr"] = batch.edge_attr
+    return {key: value for key, value in inputs.items() if value is not None}
+
+
+def _machine_options(config: Config, info: DatasetInfo) -> dict[str, Any]:
+    """What the machine takes otherwise than the config says it."""
+    model = config.model
+    # The machine has no default for this: a graph is read as a whole.
+    options: dict[str, Any] = {"segment_length": model.segment_length}
+    if model.position == "none":
+        options["position"] = None
+    if model.communication is not None:
+        options["communication"] = _communication(model.communication)
+    if config.data.pe is not None:
+        options["pe_kind"] = config.data.pe
+    if model.conv is not None and model.num_steps is not None:
+        channels = model.token_channels or model.state_channels or 0
+        options["conv"] = [_conv(model.conv, channels) for _ in range(model.num_steps)]
+    if model.conv == "gine":
+        options |= _edges(info)
+    return options
+
+
+def _communication(name: str) -> Topology | None:
+    if name == "none":
+        return None
+    rules = {
+        "complete": topology.complete,
+        "ring": topology.ring,
+        "star": topology.star,
+        "knn": topology.knn,
+    }
+    if name not in rules:
+        raise ValueError(
+            f"model.communication: expected one of {', '.join(rules)}, none; got {name!r}"
+        )
+    return rules[name]()
+
+
+def _edges(info: DatasetInfo) -> dict[str, int]:
+    if info.edge_embeddings is not None:
+        return {"edge_embeddings": info.edge_embeddings}
+    if info.edge_channels is not None:
+        return {"edge_channels": info.edge_channels}
+    raise ValueError(f"model.conv: gine reads edge attributes, and {info.name} has none; use gin")
+
+
+def _conv(name: str, channels: int) -> nn.Module:
+    # LayerNorm, not the usual BatchNorm: a graph's result must not depend on its neighbours in the
+    # batch.
+    mlp = nn.Sequential(
+        nn.Linear(channels, channels),
+        nn.LayerNorm(channels),
+        nn.ReLU(),
+        nn.Linear(channels, channels),
+    )
+    return GINConv(mlp, train_eps=True) if name == "gin" else GINEConv(mlp, train_eps=True)

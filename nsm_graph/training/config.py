@@ -1,0 +1,207 @@
+"""What a run is: data, model and training, each a typed section whose checks name the key.
+
+A key that is :obj:`None` is not given: the dataset or the model then uses its own default, which is
+written once, there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nsm_graph.training.checks import check_choice, check_keys, check_range, check_types, given
+from nsm_graph.training.model_config import KINDS, ModelConfig
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """Which data, and how they are prepared.
+
+    Args:
+        name: Dataset: digits, mnist, text, tu or zinc.
+        root: Folder that holds <NAME>/raw.
+        cache: Folder for processed files.
+        seed: Draws the validation part or the folds; independent of the run's seed, so that seeds
+            share a split.
+        validation_fraction: digits: share of the training images kept for validation.
+        permuted: mnist: whether pixels come in one fixed random order.
+        path: text: the file.
+        dataset: tu: which of its datasets, such as PROTEINS.
+        splits: tu: file with folds in the format of gnn-comparison.
+        fold: tu: which fold is the test part.
+        num_folds: tu: number of folds drawn where there is no file.
+        node_features: tu: for sets whose nodes carry nothing, degree or constant.
+        use_node_attr: tu: whether continuous node attributes are read.
+        use_edge_attr: tu: whether continuous edge attributes are read.
+        pe: graphs: positional encoding, random_walk or laplacian.
+        pe_channels: graphs: size of the positional encoding.
+        chunk_length: text: characters per stream that one step reads.
+        augment: digits, mnist: whether training images are shifted by at most one pixel, at random.
+    """
+
+    name: str = "digits"
+    root: str = "datasets"
+    cache: str | None = None
+    seed: int = 0
+    validation_fraction: float | None = None
+    permuted: bool | None = None
+    path: str | None = None
+    dataset: str | None = None
+    splits: str | None = None
+    fold: int | None = None
+    num_folds: int | None = None
+    node_features: str | None = None
+    use_node_attr: bool | None = None
+    use_edge_attr: bool | None = None
+    pe: str | None = None
+    pe_channels: int | None = None
+    chunk_length: int | None = None
+    augment: bool = False
+
+    def __post_init__(self) -> None:
+        check_types(self, "data.")
+        if self.augment and (self.name not in ("digits", "mnist") or self.permuted):
+            got = f"{self.name}{' permuted' if self.permuted else ''}"
+            raise ValueError(
+                f"data.augment: expected images in reading order (digits, mnist); got {got}"
+            )
+        check_choice("data.pe", self.pe, ("random_walk", "laplacian"))
+        if (self.pe is None) != (self.pe_channels is None):
+            raise ValueError(
+                f"data.pe, data.pe_channels: expected both or none; "
+                f"got {self.pe!r} and {self.pe_channels}"
+            )
+        check_range("data.validation_fraction", self.validation_fraction, 0, 0.9)
+        check_range("data.fold", self.fold, 0)
+        check_range("data.pe_channels", self.pe_channels, 1)
+        check_range("data.chunk_length", self.chunk_length, 1)
+        if self.chunk_length is not None and self.name != "text":
+            raise ValueError(
+                f"data.chunk_length: expected only with data.name=text; got data.name={self.name}"
+            )
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What goes to the dataset: everything that was given and is not the loop's business."""
+        own = ("name", "root", "cache", "seed", "chunk_length", "augment")
+        return {key: value for key, value in given(self).items() if key not in own}
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """How the model is trained.
+
+    The learning rate rises over `warmup` of the run and falls to zero along a cosine. Where
+    `epochs` is given the run is measured in steps; `max_seconds` then ends it early only if the
+    machine is too slow, and the cosine is shortened to fit. With `max_seconds` alone the run is
+    measured in seconds, and no two runs are equal.
+
+    Args:
+        epochs: Passes over the training data.
+        max_seconds: Time budget.
+        batch_size: Examples in a step; text: parallel streams.
+        lr: Highest learning rate.
+        weight_decay: Decay of matrices (AdamW).
+        warmup: Share of the run in which the learning rate rises.
+        clip: Highest norm of the gradient.
+        keep: Which checkpoint stays: best (on validation) or last.
+        accelerator: cpu, cuda, mps or auto.
+        devices: Number of devices; 1 for now.
+        precision: Of Lightning Fabric: 32-true, bf16-mixed, 16-mixed, bf16-true, 64-true.
+    """
+
+    epochs: int | None = None
+    max_seconds: float | None = None
+    batch_size: int = 64
+    lr: float = 3e-3
+    weight_decay: float = 0.01
+    warmup: float = 0.05
+    clip: float | None = 1.0
+    keep: str = "best"
+    accelerator: str = "cpu"
+    devices: int = 1
+    precision: str = "32-true"
+
+    def __post_init__(self) -> None:
+        check_types(self, "train.")
+        if self.epochs is None and self.max_seconds is None:
+            raise ValueError(
+                "train.epochs, train.max_seconds: expected at least one of them; got neither"
+            )
+        check_range("train.epochs", self.epochs, 1)
+        check_range("train.max_seconds", self.max_seconds, 0, above=True)
+        check_range("train.batch_size", self.batch_size, 1)
+        check_range("train.lr", self.lr, 0, above=True)
+        check_range("train.weight_decay", self.weight_decay, 0)
+        check_range("train.warmup", self.warmup, 0, 0.9)
+        check_range("train.clip", self.clip, 0, above=True)
+        if self.devices != 1:
+            raise ValueError(
+                f"train.devices: expected 1 (several processes are not supported yet); "
+                f"got {self.devices}"
+            )
+        check_choice("train.keep", self.keep, ("best", "last"))
+        check_choice("train.accelerator", self.accelerator, ("cpu", "cuda", "mps", "auto"))
+        check_choice(
+            "train.precision",
+            self.precision,
+            ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true"),
+        )
+
+
+@dataclass(kw_only=True)
+class Config:
+    """One run.
+
+    Args:
+        data: The data.
+        model: The model.
+        train: The training.
+        seed: Weights, order of the examples, dropout.
+        compare: Baselines of equal parameter count, trained by the same loop for the same time:
+            gru,lstm,transformer or none.
+    """
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig
+    train: TrainConfig
+    seed: int = 0
+    compare: str = "none"
+
+    def __post_init__(self) -> None:
+        check_types(self, "")
+        check_range("seed", self.seed, 0)
+        for name in self.compared:
+            check_choice("compare", name, (*KINDS[1:], "none"))
+
+    @property
+    def compared(self) -> list[str]:
+        """The names in `compare`."""
+        return [] if self.compare == "none" else [name.strip() for name in self.compare.split(",")]
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Config:
+        """Builds a config from nested dicts; an unknown key is refused."""
+        check_keys(values, cls, "")
+        sections = {"data": DataConfig, "model": ModelConfig, "train": TrainConfig}
+        built: dict[str, Any] = {key: value for key, value in values.items() if key not in sections}
+        for name, section in sections.items():
+            given = values.get(name) or {}
+            if not isinstance(given, Mapping):
+                raise ValueError(f"{name}: expected a section of keys; got {given!r}")
+            check_keys(given, section, f"{name}.")
+            built[name] = section(**given)
+        return cls(**built)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested dicts of everything that is given."""
+        sections = {name: given(getattr(self, name)) for name in ("data", "model", "train")}
+        return {**sections, "seed": self.seed, "compare": self.compare}
+
+    def save(self, path: Path) -> None:
+        """Writes the config as YAML."""
+        import yaml
+
+        path.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False))

@@ -1,0 +1,40 @@
+"""What a run writes down while it runs: metrics.jsonl, and the same for TensorBoard."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import TracebackType
+
+
+class Log:
+    """One JSON line for every event, flushed at once; numbers also go to TensorBoard.
+
+    Args:
+        run: The run directory.
+    """
+
+    def __init__(self, run: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._file = (run / "metrics.jsonl").open("a")
+        self._board = SummaryWriter(run / "tensorboard")
+
+    def write(self, split: str, step: int, **values: float) -> None:
+        """Records values of a split after a step; nothing to record for an empty split."""
+        self._file.write(json.dumps({"split": split, "step": step, **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._board.add_scalar(f"{split}/{name}", value, step)
+
+    def __enter__(self) -> Log:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._file.close()
+        self._board.close()

@@ -1,0 +1,125 @@
+"""The model section of a config: the machine, or one of its rivals."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from nsm_graph.training.checks import check_choice, check_range, check_types, given
+
+KINDS = ("nsm", "gru", "lstm", "transformer")
+BASELINE_KEYS = {
+    "gru": ("channels",),
+    "lstm": ("channels",),
+    "transformer": ("channels", "num_layers", "heads", "dropout"),
+}
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """Which model. Everything from state_channels on belongs to the machine and is refused for a
+    baseline.
+
+    Args:
+        kind: nsm (the machine), or a baseline: gru, lstm, transformer.
+        channels: Baselines: width.
+        num_layers: transformer: encoder layers.
+        heads: nsm, transformer: attention heads.
+        dropout: nsm, transformer: dropout.
+        state_channels: Width of a state.
+        num_states: States of the bank.
+        segment_length: Sequences: tokens read at once.
+        num_steps: Graphs: passes over all nodes.
+        cell: gru or lstm.
+        mix: How routing and attention meet: sum, bias, attention or routing.
+        communication: Topology between states: complete, ring, ... or none.
+        pool: mean, flatten or attention.
+        position: learned, sinusoidal, rotary, relative or none.
+        top_k: States that each token keeps.
+        routing_reduce: sum or mean.
+        conv: Graphs: convolution between the passes, gin or gine.
+        token_channels: Width of an embedded token.
+        max_states: Slots of the bank.
+        bptt_segments: Segments that the gradient passes back through.
+        checkpoint_segments: Segments recomputed together in the backward pass, or sqrt.
+    """
+
+    kind: str = "nsm"
+    channels: int | None = None
+    num_layers: int | None = None
+    heads: int | None = None
+    dropout: float | None = None
+    state_channels: int | None = None
+    num_states: int | None = None
+    segment_length: int | None = None
+    num_steps: int | None = None
+    cell: str | None = None
+    mix: str | None = None
+    communication: str | None = None
+    pool: str | None = None
+    position: str | None = None
+    top_k: int | None = None
+    routing_reduce: str | None = None
+    conv: str | None = None
+    token_channels: int | None = None
+    max_states: int | None = None
+    bptt_segments: int | None = None
+    checkpoint_segments: int | str | None = None
+
+    def __post_init__(self) -> None:
+        check_types(self, "model.")
+        check_choice("model.kind", self.kind, KINDS)
+        check_range("model.dropout", self.dropout, 0, 0.99)
+        for key, value in self.given.items():
+            if isinstance(value, int):
+                check_range(f"model.{key}", value, 1)
+        for key, choices in {
+            "cell": ("gru", "lstm"),
+            "mix": ("sum", "bias", "attention", "routing"),
+            "pool": ("mean", "flatten", "attention"),
+            "position": ("learned", "sinusoidal", "rotary", "relative", "none"),
+            "routing_reduce": ("sum", "mean"),
+            "conv": ("gin", "gine"),
+        }.items():
+            check_choice(f"model.{key}", getattr(self, key), choices)
+        if isinstance(self.checkpoint_segments, str):
+            check_choice("model.checkpoint_segments", self.checkpoint_segments, ("sqrt",))
+        if self.kind == "nsm":
+            self._check_machine()
+        else:
+            self._check_baseline()
+
+    def _check_machine(self) -> None:
+        for key in ("channels", "num_layers"):
+            if getattr(self, key) is not None:
+                raise ValueError(f"model.{key}: expected only with a baseline; got model.kind=nsm")
+        for key in ("state_channels", "num_states"):
+            if getattr(self, key) is None:
+                raise ValueError(f"model.{key}: expected a number with model.kind=nsm; got none")
+        if (self.segment_length is None) == (self.num_steps is None):
+            raise ValueError(
+                "model.segment_length, model.num_steps: expected one of them (sequences: "
+                "segment_length, graphs: num_steps); "
+                f"got {self.segment_length} and {self.num_steps}"
+            )
+        if self.conv is not None and self.num_steps is None:
+            raise ValueError(f"model.conv: expected only with num_steps; got {self.conv!r}")
+
+    def _check_baseline(self) -> None:
+        allowed = BASELINE_KEYS[self.kind]
+        refused = [key for key in self.given if key not in allowed]
+        if refused:
+            raise ValueError(
+                f"model.{refused[0]}: expected only {', '.join(allowed)} with "
+                f"model.kind={self.kind}; got {', '.join(refused)}, which it does not have; "
+                f"set them to null, or use --compare {self.kind}"
+            )
+        if self.channels is None:
+            raise ValueError(
+                f"model.channels: expected a number with model.kind={self.kind}; got none"
+            )
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """Every key with a value, except the kind."""
+        return {key: value for key, value in given(self).items() if key != "kind"}

@@ -1,0 +1,113 @@
+"""Whole runs: a config becomes a run directory; a run directory is evaluated."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch_geometric import seed_everything
+from torch_geometric.data import Data
+
+from nsm_graph.data import Splits, load
+from nsm_graph.models.baselines import count_parameters
+from nsm_graph.training.batches import truncate
+from nsm_graph.training.build import build_model, matched_baseline
+from nsm_graph.training.checkpoint import load_checkpoint
+from nsm_graph.training.config import Config
+from nsm_graph.training.directory import run_directory, write_whole
+from nsm_graph.training.evaluate import evaluate
+from nsm_graph.training.loop import Fitted, check_splits, fit, make_fabric
+from nsm_graph.training.task import Task
+
+
+@dataclass(frozen=True)
+class Result:
+    """One row of the table that a training ends with."""
+
+    model: str
+    parameters: int
+    metric: str
+    test: dict[str, float]
+    fitted: Fitted
+
+
+def train_run(config: Config, run: Path, *, quiet: bool = False) -> list[Result]:
+    """Trains the model of a config and the baselines it is compared with.
+
+    The run directory gets `config.yaml`, `metrics.jsonl`, `tensorboard/`, `checkpoint/` and
+    `result.json`; each baseline is a run of its own under `compare/`. A baseline has about as many
+    parameters as the model and as many seconds of the same loop; it is measured in seconds, so that
+    its learning rate ends where the model's ended.
+
+    Raises:
+        ValueError: If the config does not fit the data, or the run directory is taken or cannot be
+        written.
+    """
+    splits = load_data(config)
+    model, own = _train_one(config, splits, run, quiet)
+    results = [own]
+    for kind in config.compared:
+        same_time = replace(config.train, epochs=None, max_seconds=own.fitted.seconds)
+        rival = matched_baseline(config, kind, splits.info, model)
+        rival = replace(rival, train=same_time, compare="none")
+        results.append(_train_one(rival, splits, run / "compare" / kind, quiet)[1])
+    return results
+
+
+def evaluate_run(config: Config, run: Path, length: int | None = None) -> dict[str, Any]:
+    """Metrics of a run's checkpoint on the test split.
+
+    Args:
+        config: The run's config; `data` may differ, as where it lies.
+        run: The run directory.
+        length: Evaluate on the first so many tokens of each sequence.  (default: :obj:`None`)
+    """
+    if length is not None and length < 1:
+        raise ValueError(f"--length: expected at least 1; got {length}")
+    splits = load_data(config)
+    model = build_model(config, splits.info)
+    meta, _ = load_checkpoint(run / "checkpoint", model)
+    test = (
+        splits.test
+        if length is None
+        else [truncate(data, length, splits.info) for data in splits.test]
+    )
+    metrics = _test(model, splits, config, Task.from_dict(meta["task"]), test)
+    return {
+        **metrics,
+        "examples": len(test),
+        "length": length,
+        "model": config.model.kind,
+        "data": splits.info.name,
+    }
+
+
+def load_data(config: Config) -> Splits:
+    """The splits of a config."""
+    data = config.data
+    return load(data.name, root=data.root, cache=data.cache, seed=data.seed, **data.options)
+
+
+def _train_one(config: Config, splits: Splits, run: Path, quiet: bool) -> tuple[nn.Module, Result]:
+    check_splits(splits, config.train)
+    seed_everything(config.seed)
+    model = build_model(config, splits.info)
+    with run_directory(run, config):
+        fitted = fit(model, splits, config, run, quiet=quiet)
+        task = Task.of(splits.info.task, splits.train)
+        test = _test(model, splits, config, task, splits.test)
+        result = Result(config.model.kind, count_parameters(model), task.metric, test, fitted)
+        write_whole(run / "result.json", json.dumps(asdict(result), indent=2))
+    return model, result
+
+
+def _test(
+    model: nn.Module, splits: Splits, config: Config, task: Task, test: Sequence[Data]
+) -> dict[str, float]:
+    engine = make_fabric(config.train).setup_module(model)
+    engine.mark_forward_method("run")
+    return evaluate(engine, config, task, test, splits.info)
