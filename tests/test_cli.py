@@ -38,7 +38,8 @@ def failure(capsys, *argv):
     assert main(list(argv)) == 2
     error = capsys.readouterr().err
     lines = error.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("nsm-graph: error: ")
+    assert len(lines) == 1
+    assert lines[0].startswith("nsm-graph: error: ")
     return lines[0]
 
 
@@ -47,7 +48,8 @@ def test_a_run_directory_has_everything(run):
     assert {entry.name for entry in run.iterdir()} == names
     assert yaml.safe_load((run / "config.yaml").read_text())["seed"] == 1
     result = json.loads((run / "result.json").read_text())
-    assert result["model"] == "gru" and 0 <= result["test"]["accuracy"] <= 1
+    assert result["model"] == "gru"
+    assert 0 <= result["test"]["accuracy"] <= 1
     assert list((run / "tensorboard").iterdir())
     rival = json.loads((run / "compare" / "lstm" / "result.json").read_text())
     assert abs(rival["parameters"] / result["parameters"] - 1) < 0.2
@@ -65,7 +67,8 @@ def test_evaluate_repeats_the_result_of_the_training(run, tmp_path, capsys):
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert json.loads(capsys.readouterr().out) == metrics
     trained = json.loads((run / "result.json").read_text())["test"]
-    assert metrics["accuracy"] == trained["accuracy"] and metrics["examples"] == 360
+    assert metrics["accuracy"] == trained["accuracy"]
+    assert metrics["examples"] == 360
 
 
 def test_evaluate_a_length(run, tmp_path, capsys):

@@ -84,7 +84,7 @@ def _machine_options(config: Config, info: DatasetInfo) -> dict[str, Any]:
     if model.position == "none":
         options["position"] = None
     if model.communication is not None:
-        options["communication"] = _communication(model.communication)
+        options["communication"] = _communication(model.communication, model.num_states or 1)
     if config.data.pe is not None:
         options["pe_kind"] = config.data.pe
     if model.conv is not None and model.num_steps is not None:
@@ -95,14 +95,14 @@ def _machine_options(config: Config, info: DatasetInfo) -> dict[str, Any]:
     return options
 
 
-def _communication(name: str) -> Topology | None:
+def _communication(name: str, num_states: int) -> Topology | None:
     if name == "none":
         return None
     rules = {
         "complete": topology.complete,
         "ring": topology.ring,
         "star": topology.star,
-        "knn": topology.knn,
+        "knn": lambda: topology.knn(min(4, num_states - 1)),  # a bank may be that small
     }
     if name not in rules:
         raise ValueError(

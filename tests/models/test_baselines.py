@@ -43,7 +43,7 @@ def test_an_example_does_not_depend_on_its_neighbours(kind, head, lengths):
     assert torch.isfinite(together).all()
 
 
-@pytest.mark.parametrize("kind", ("gru", "lstm"))
+@pytest.mark.parametrize("kind", ["gru", "lstm"])
 def test_recurrent_baseline_is_the_plain_recurrence(kind):
     model = make(kind)
     x, _ = batch_of([7])
@@ -68,7 +68,7 @@ def test_transformer_with_a_token_head_sees_all_tokens():
     assert (model(x, batch)[0] - model(changed, batch)[0]).abs().max() > 1e-4
 
 
-@pytest.mark.parametrize("kind", ("gru", "lstm"))
+@pytest.mark.parametrize("kind", ["gru", "lstm"])
 def test_carried_state_continues_the_sequence(kind):
     model = make(kind, head="next_token")
     x, _ = batch_of([9])
@@ -89,17 +89,17 @@ def test_an_example_without_tokens_keeps_its_state():
 def test_symbols_are_embedded_and_columns_add_up():
     model = RecurrentBaseline(2, 8, 5, num_embeddings=[4, 6])
     assert model(torch.tensor([[0, 5], [3, 0]])).shape == (1, 5)
-    with pytest.raises(ValueError, match="x holds the symbol 4, .* from 0 to 3"):
+    with pytest.raises(ValueError, match=r"x holds the symbol 4, .* from 0 to 3"):
         model(torch.tensor([[4, 0]]))
-    with pytest.raises(ValueError, match="x must hold symbols"):
+    with pytest.raises(ValueError, match=r"x must hold symbols"):
         model(torch.zeros(3, 2))
 
 
 def test_positional_encodings_enter():
     model = make("transformer", pe_channels=4)
-    x, batch = batch_of([3])
+    x, _batch = batch_of([3])
     assert (model(x, pe=torch.ones(3, 4)) - model(x, pe=torch.zeros(3, 4))).abs().max() > 1e-4
-    with pytest.raises(ValueError, match="pe: expected pe_channels=4; got nothing"):
+    with pytest.raises(ValueError, match=r"pe: expected pe_channels=4; got nothing"):
         model(x)
 
 
@@ -109,20 +109,20 @@ def test_bad_input_is_named(kind):
     x, batch = batch_of([2, 2])
     with pytest.raises(ValueError, match=r"x must have shape \(tokens, 3\)"):
         model(x[:, :2], batch)
-    with pytest.raises(ValueError, match="batch: expected examples in order"):
+    with pytest.raises(ValueError, match=r"batch: expected examples in order"):
         model(x, batch.flip(0))
-    with pytest.raises(ValueError, match="batch: expected one entry per token"):
+    with pytest.raises(ValueError, match=r"batch: expected one entry per token"):
         model(x, batch[:3])
-    with pytest.raises(ValueError, match="batch_size: expected at least 2"):
+    with pytest.raises(ValueError, match=r"batch_size: expected at least 2"):
         model(x, batch, batch_size=1)
 
 
 def test_unknown_options_are_named():
-    with pytest.raises(ValueError, match="cell: expected one of gru, lstm; got 'rnn'"):
+    with pytest.raises(ValueError, match=r"cell: expected one of gru, lstm; got 'rnn'"):
         RecurrentBaseline(1, 8, 2, cell="rnn")
-    with pytest.raises(ValueError, match="head: expected one of example, token, next_token"):
+    with pytest.raises(ValueError, match=r"head: expected one of example, token, next_token"):
         RecurrentBaseline(1, 8, 2, head="graph")
-    with pytest.raises(ValueError, match="channels: expected a multiple of heads=4; got 6"):
+    with pytest.raises(ValueError, match=r"channels: expected a multiple of heads=4; got 6"):
         TransformerBaseline(1, 6, 2)
 
 

@@ -36,7 +36,7 @@ def test_shift_is_seeded_and_refuses_what_is_not_square():
     one, other = (shift_images(images(8), torch.Generator().manual_seed(2)) for _ in range(2))
     assert torch.equal(one.x, other.x)
     flat = Batch.from_data_list([Data(x=torch.rand(6, 1))])
-    with pytest.raises(ValueError, match="data.augment: expected square images"):
+    with pytest.raises(ValueError, match=r"data.augment: expected square images"):
         shift_images(flat, torch.Generator())
 
 
@@ -44,12 +44,13 @@ def test_truncate_keeps_the_label_of_a_sequence_and_cuts_those_of_tokens():
     sequence = Data(x=torch.rand(5, 2), y=torch.tensor([1]))
     info = DatasetInfo("tiny", "classification", 2, None, 2)
     short = truncate(sequence, 3, info)
-    assert short.x.size(0) == short.num_nodes == 3 and short.y.tolist() == [1]
+    assert short.x.size(0) == short.num_nodes == 3
+    assert short.y.tolist() == [1]
     tagged = Data(x=torch.rand(5, 2), y=torch.arange(5))
     info = DatasetInfo("tiny", "token_classification", 2, None, 5)
     assert truncate(tagged, 3, info).y.tolist() == [0, 1, 2]
     graph = Data(x=torch.rand(2, 2), edge_index=torch.zeros(2, 1, dtype=torch.long))
-    with pytest.raises(ValueError, match="--length: expected sequences; got graphs"):
+    with pytest.raises(ValueError, match=r"--length: expected sequences; got graphs"):
         truncate(graph, 1, info)
 
 

@@ -40,7 +40,8 @@ def test_a_machine_for_sequences():
     options = {"communication": "ring", "position": "none", "top_k": 2, "mix": "bias"}
     config = nsm(segment_length=4, cell="lstm", pool="attention", **options)
     model = build_model(config, SEQUENCES)
-    assert model.segment_length == 4 and model.position is None
+    assert model.segment_length == 4
+    assert model.position is None
     assert model.cell.propagator.cell == "lstm"
     assert model(torch.rand(10, 2), torch.tensor([0] * 6 + [1] * 4)).shape == (2, 3)
 
@@ -67,9 +68,11 @@ def test_a_machine_for_graphs(conv):
 
 
 def test_what_does_not_fit_is_named():
-    with pytest.raises(ValueError, match="model.communication: expected one of complete, ring"):
+    with pytest.raises(ValueError, match=r"model.communication: expected one of complete, ring"):
         build_model(nsm(segment_length=4, communication="gossip"), SEQUENCES)
-    with pytest.raises(ValueError, match="model.conv: gine reads edge attributes, and tiny has no"):
+    with pytest.raises(
+        ValueError, match=r"model.conv: gine reads edge attributes, and tiny has no"
+    ):
         build_model(nsm(num_steps=1, conv="gine"), SEQUENCES)
 
 

@@ -1,5 +1,6 @@
 """Checkpoints: whole or not at all, named when damaged, never pickled."""
 
+import contextlib
 import json
 import os
 
@@ -39,7 +40,8 @@ def test_round_trip_goes_on_exactly(saved):
     expected_noise = torch.rand(3)
     other, other_optimizer = trained(1)
     meta, generators = load_checkpoint(path, other, other_optimizer)
-    assert meta == {"step": 1} and same(model.state_dict(), other.state_dict())
+    assert meta == {"step": 1}
+    assert same(model.state_dict(), other.state_dict())
     torch.set_rng_state(generators["torch"])
     assert torch.equal(torch.rand(3), expected_noise)
     for m, o in ((model, optimizer), (other, other_optimizer)):
@@ -70,19 +72,19 @@ def test_a_damaged_file_is_named(saved, name, damage):
         (path / name).write_bytes(broken[damage])
     model, optimizer = trained(1)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    with pytest.raises(ValueError, match=f"checkpoint: .*{name}"):
+    with pytest.raises(ValueError, match=rf"checkpoint: .*{name}"):
         load_checkpoint(path, model, optimizer)
     assert same(model.state_dict(), before)
 
 
 def test_a_missing_checkpoint_says_what_to_do(tmp_path):
-    with pytest.raises(ValueError, match="checkpoint: expected the folder .* train first"):
+    with pytest.raises(ValueError, match=r"checkpoint: expected the folder .* train first"):
         load_checkpoint(tmp_path / "checkpoint", nn.Linear(1, 1))
 
 
 def test_another_model_is_refused(saved):
     path, *_ = saved
-    with pytest.raises(ValueError, match="has '0.bias', which the model does not"):
+    with pytest.raises(ValueError, match=r"has '0.bias', which the model does not"):
         load_checkpoint(path, nn.Linear(3, 4))
     wider = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Linear(5, 1))
     with pytest.raises(ValueError, match=r"'0.weight' .* expected \(5, 3\); got \(4, 3\)"):
@@ -109,10 +111,8 @@ def test_a_crash_leaves_the_old_or_the_new_checkpoint(saved, monkeypatch, target
 
     with monkeypatch.context() as patch:
         patch.setattr(where, target, crash)
-        try:
+        with contextlib.suppress(Crash):
             save_checkpoint(path, new, optimizer, {"step": 2})
-        except Crash:
-            pass
     model, _ = trained(9)
     meta, _ = load_checkpoint(path, model)
     expected = {1: old, 2: new}[meta["step"]]

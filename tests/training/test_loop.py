@@ -5,8 +5,11 @@ import json
 import pytest
 import torch
 from torch_geometric import seed_everything
+from torch_geometric.data import Data
 
+from nsm_graph.data import DatasetInfo, Splits
 from nsm_graph.models.baselines import count_parameters
+from nsm_graph.training import Config
 from nsm_graph.training.build import build_model, matched_baseline
 from nsm_graph.training.checkpoint import load_checkpoint
 from nsm_graph.training.loop import fit, make_optimizer
@@ -30,7 +33,8 @@ def test_every_model_learns_every_task(kind, task, make_splits, make_config, tmp
     config = make_config(kind, epochs=8)
     train(config, make_splits(task), tmp_path / "run")
     losses = [line["loss"] for line in log(tmp_path / "run")]
-    assert len(losses) == 8 and losses[-1] < 0.95 * losses[0]
+    assert len(losses) == 8
+    assert losses[-1] < 0.95 * losses[0]
 
 
 @pytest.mark.parametrize("kind", ["gru", "transformer"])
@@ -66,7 +70,8 @@ def test_the_kept_checkpoint_is_the_model_that_comes_back(keep, make_splits, mak
         assert torch.equal(one, other)
     scores = [(line["accuracy"], -line["loss"]) for line in log(tmp_path / "run", "validation")]
     assert fitted.kept_epoch == (scores.index(max(scores)) + 1 if keep == "best" else 5)
-    assert meta["epoch"] == fitted.kept_epoch and {"torch", "order"} <= generators.keys()
+    assert meta["epoch"] == fitted.kept_epoch
+    assert {"torch", "order"} <= generators.keys()
 
 
 def test_max_seconds_ends_the_run(make_splits, make_config, tmp_path):
@@ -89,19 +94,21 @@ def test_only_matrices_decay(make_splits, make_config):
     config = make_config()
     model = build_model(config, make_splits().info)
     decayed, kept = make_optimizer(model, config.train).param_groups
-    assert {p.dim() for p in decayed["params"]} == {2} and decayed["weight_decay"] > 0
-    assert {p.dim() for p in kept["params"]} == {1} and kept["weight_decay"] == 0
+    assert {p.dim() for p in decayed["params"]} == {2}
+    assert decayed["weight_decay"] > 0
+    assert {p.dim() for p in kept["params"]} == {1}
+    assert kept["weight_decay"] == 0
 
 
 def test_empty_splits_and_a_bad_loss_are_named(make_splits, make_config, tmp_path):
-    with pytest.raises(ValueError, match="train.keep: best needs a validation split"):
+    with pytest.raises(ValueError, match=r"train.keep: best needs a validation split"):
         train(make_config(), make_splits(sizes=(8, 0, 8)), tmp_path / "a")
     _, fitted = train(make_config(keep="last"), make_splits(sizes=(8, 0, 8)), tmp_path / "b")
     assert fitted.validation == {}
-    with pytest.raises(ValueError, match="data: expected training examples; tiny has none"):
+    with pytest.raises(ValueError, match=r"data: expected training examples; tiny has none"):
         train(make_config(), make_splits(sizes=(0, 8, 8)), tmp_path / "c")
     config = make_config(lr=1e30, clip=1e30, warmup=0.0)
-    with pytest.raises(ValueError, match="loss: expected a finite number; got .* at step"):
+    with pytest.raises(ValueError, match=r"loss: expected a finite number; got .* at step"):
         train(config, make_splits("regression"), tmp_path / "d")
 
 
@@ -109,3 +116,58 @@ def test_bf16_and_double_precision_run(make_splits, make_config, tmp_path):
     for precision in ("bf16-mixed", "64-true"):
         _, fitted = train(make_config(precision=precision), make_splits(), tmp_path / precision)
         assert fitted.validation["loss"] < 1.0
+
+
+# The machine itself ############################################################
+
+
+def machine_config(**values):
+    model = {"kind": "nsm", "state_channels": 16, "num_states": 3, "heads": 2}
+    train = {"epochs": 8, "batch_size": 8, "lr": 0.02}
+    data = values.pop("data", {})
+    return Config.from_dict({"data": data, "model": model | values, "train": train})
+
+
+@pytest.mark.parametrize("task", ["classification", "regression", "token_classification"])
+def test_the_machine_learns_every_task(task, make_splits, tmp_path):
+    train(machine_config(segment_length=4), make_splits(task), tmp_path / "run")
+    losses = [line["loss"] for line in log(tmp_path / "run")]
+    assert losses[-1] < 0.95 * losses[0]
+
+
+def test_the_machine_learns_text(text_splits, tmp_path):
+    data = {"name": "text", "chunk_length": 16}
+    config = machine_config(segment_length=4, data=data)
+    _, fitted = train(config, text_splits, tmp_path / "run")
+    assert fitted.validation["loss"] < 1.0
+
+
+def test_the_machine_learns_graphs(tmp_path):
+    def graphs(seed):
+        generator = torch.Generator().manual_seed(seed)
+        result = []
+        for _ in range(32):
+            x = torch.randint(3, (5, 1), generator=generator)
+            ring = torch.stack([torch.arange(5), (torch.arange(5) + 1) % 5])
+            y = (x == 0).sum().view(1, 1).float()
+            result.append(Data(x=x, edge_index=ring, edge_attr=torch.ones(5).long(), y=y))
+        return result
+
+    info = DatasetInfo("rings", "regression", 1, 3, 1, edge_embeddings=2)
+    splits = Splits(graphs(0), graphs(1), graphs(2), info)
+    _, fitted = train(machine_config(num_steps=2, conv="gine"), splits, tmp_path / "run")
+    losses = [line["loss"] for line in log(tmp_path / "run")]
+    assert losses[-1] < 0.8 * losses[0]
+    assert fitted.validation["mae"] < 1.0
+
+
+def test_the_machine_repeats_itself_and_knows_its_optimizer(make_splits, tmp_path):
+    config, weights = machine_config(segment_length=4, dropout=0.1), []
+    for name in ("one", "two"):
+        model, _ = train(config, make_splits(), tmp_path / name)
+        weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert torch.equal(*weights)
+    optimizer = make_optimizer(model, config.train)
+    with pytest.raises(ValueError, match=r"bank"):
+        model.manager.register_optimizer(torch.optim.SGD([torch.zeros(1)]))
+    assert any(p is model.manager.bank for p in optimizer.param_groups[0]["params"])
