@@ -23,7 +23,7 @@ class CompressedEdges(NamedTuple):
     """Edges grouped by one of their ends (CSR by target, CSC by source)."""
 
     ptr: Tensor  #: ``[groups + 1]``, int32 where it fits
-    index: Tensor  #: ``[E]``, the other end of each edge, int32 where it fits
+    index: Tensor  # type: ignore[assignment]  #: ``[E]``, the other ends, int32 where it fits
     perm: Tensor  #: ``[E]``, which edge of the relation stands here, int64
 
 
@@ -161,6 +161,11 @@ class Relation:
     @classmethod
     def between(cls, sources: Partition, targets: Partition) -> Relation:
         """The complete relation between two partitions that are already known."""
+        if sources.num_examples != targets.num_examples:
+            raise ValueError(
+                f"sources have {sources.num_examples} examples, but targets have "
+                f"{targets.num_examples}; build both from the same batch"
+            )
         if sources.is_uniform and targets.is_uniform:
             num_edges = sources.num_rows * targets.max_count
         else:
@@ -173,8 +178,8 @@ class Relation:
     ) -> Relation:
         r"""The complete relation of two sorted PyG ``batch`` vectors."""
         if batch_size is None:
-            ends = [int(b[-1]) + 1 for b in (src_batch, dst_batch) if b.numel() > 0]
-            batch_size = max(ends, default=0)
+            ends = [int(b.flatten()[-1]) + 1 for b in (src_batch, dst_batch) if b.numel() > 0]
+            batch_size = max(0, *ends)
         src_ptr = ptr_from_batch(src_batch, batch_size, "src_batch")
         dst_ptr = ptr_from_batch(dst_batch, batch_size, "dst_batch")
         return cls.complete(src_ptr, dst_ptr)
@@ -193,7 +198,7 @@ class Relation:
         if not isinstance(edge_index, Tensor) or edge_index.dim() != 2 or edge_index.size(0) != 2:
             got = tuple(edge_index.shape) if isinstance(edge_index, Tensor) else type(edge_index)
             raise ValueError(f"edge_index must be a tensor of shape (2, E), but got {got}")
-        if edge_index.is_floating_point() or edge_index.is_complex():
+        if not _holds_integers(edge_index):
             raise ValueError(
                 f"edge_index must hold integers, but has dtype {edge_index.dtype}; use .long()"
             )
@@ -204,11 +209,13 @@ class Relation:
         if least < 0:
             raise ValueError(f"edge_index holds the negative index {least}; indices start at 0")
         size = (most[0] + 1, most[1] + 1) if size is None else (int(size[0]), int(size[1]))
+        if min(size) < 0:
+            raise ValueError(f"size must be (num_src, num_dst), but is {size}")
         for name, index, rows in zip(("source", "target"), most, size, strict=True):
             if index >= rows:
                 raise ValueError(
-                    f"edge_index names {name} {index}, but there are {rows} {name} nodes; "
-                    f"indices go from 0 to {rows - 1}"
+                    f"edge_index names {name} {index}, but there are {rows} {name} nodes; {name}s "
+                    f"count from 0"
                 )
         return cls(edge_index, size)
 
@@ -245,10 +252,8 @@ class Relation:
     @property
     def fill(self) -> float:
         """Share of the padded dense view that holds edges; 1 for a uniform relation."""
-        if self.sources is None or self.targets is None:
-            dense = self.num_src * self.num_dst
-        else:
-            dense = self.num_examples * self.sources.max_count * self.targets.max_count
+        num_examples, rows, columns = self._dense_shape
+        dense = num_examples * rows * columns
         return self.num_edges / dense if dense > 0 else 1.0
 
     @cached_property
@@ -256,7 +261,8 @@ class Relation:
         """``[2, E]``, int64, in the relation's own order."""
         if self._edge_index is not None:
             return self._edge_index
-        assert self.sources is not None and self.targets is not None
+        assert self.sources is not None
+        assert self.targets is not None
         # Target-major: each target repeats the sources of its example.
         counts = self.sources.ptr.diff()
         example_of_target = self.targets.batch
@@ -269,12 +275,12 @@ class Relation:
     @cached_property
     def csr(self) -> CompressedEdges:
         """Edges grouped by target; ``index`` holds their sources."""
-        return _compress(self.edge_index[1], self.edge_index[0], self.num_dst)
+        return _compress(self.edge_index[1], self.edge_index[0], self.num_dst, self.num_src)
 
     @cached_property
     def csc(self) -> CompressedEdges:
         """Edges grouped by source; ``index`` holds their targets."""
-        return _compress(self.edge_index[0], self.edge_index[1], self.num_src)
+        return _compress(self.edge_index[0], self.edge_index[1], self.num_src, self.num_dst)
 
     @cached_property
     def has_in_edge(self) -> Tensor:
@@ -323,12 +329,9 @@ class Relation:
             raise ValueError(
                 f"the relation has {self.num_edges} edges, but values has {values.size(0)} rows"
             )
-        if self.sources is None or self.targets is None:
-            shape = (1, self.num_dst, self.num_src)
-        else:
-            shape = (self.num_examples, self.targets.max_count, self.sources.max_count)
-            if self.is_uniform:
-                return values.reshape(*shape, *values.shape[1:])
+        shape = self._dense_shape
+        if self.is_uniform:
+            return values.reshape(*shape, *values.shape[1:])
         flat = values.new_zeros(shape[0] * shape[1] * shape[2], *values.shape[1:])
         flat = flat.index_add(0, self._dense_position, values)
         if fill != 0.0:
@@ -339,8 +342,19 @@ class Relation:
 
     def from_dense(self, dense: Tensor) -> Tensor:
         """``[B, targets, sources, ...]`` -> per-edge values ``[E, ...]``."""
+        if dense.shape[:3] != self._dense_shape:
+            raise ValueError(
+                f"the dense view of the relation has shape {self._dense_shape}, but dense has "
+                f"{tuple(dense.shape)}"
+            )
         flat = dense.flatten(0, 2)
         return flat if self.is_uniform else flat.index_select(0, self._dense_position)
+
+    @property
+    def _dense_shape(self) -> tuple[int, int, int]:
+        if self.sources is None or self.targets is None:
+            return 1, self.num_dst, self.num_src
+        return self.num_examples, self.targets.max_count, self.sources.max_count
 
     @cached_property
     def _dense_position(self) -> Tensor:
@@ -378,7 +392,7 @@ def check_size(relation: Relation, size: tuple[int, int]) -> None:
 
 def ptr_from_batch(batch: Tensor, batch_size: int, name: str = "batch") -> Tensor:
     """PyG's ``ptr`` of a sorted ``batch`` vector, examples without rows included."""
-    if batch.dim() != 1 or batch.is_floating_point():
+    if batch.dim() != 1 or not _holds_integers(batch):
         raise ValueError(
             f"{name} must be an integer vector with one example index per row, but has shape "
             f"{tuple(batch.shape)} and dtype {batch.dtype}"
@@ -392,7 +406,7 @@ def ptr_from_batch(batch: Tensor, batch_size: int, name: str = "batch") -> Tenso
         if least < 0 or most >= batch_size:
             raise ValueError(
                 f"{name} holds the example {least if least < 0 else most}, but there are "
-                f"{batch_size} examples; indices go from 0 to {batch_size - 1}"
+                f"{batch_size} examples; examples count from 0"
             )
     counts = torch.bincount(batch, minlength=batch_size)
     return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
@@ -400,7 +414,7 @@ def ptr_from_batch(batch: Tensor, batch_size: int, name: str = "batch") -> Tenso
 
 def _check_ptr(ptr: Tensor | list[int], name: str) -> Tensor:
     ptr = torch.as_tensor(ptr)
-    if ptr.dim() != 1 or ptr.numel() == 0 or ptr.is_floating_point() or ptr.dtype == torch.bool:
+    if ptr.dim() != 1 or ptr.numel() == 0 or not _holds_integers(ptr):
         raise ValueError(
             f"{name} must be an integer vector of size num_examples + 1, but has shape "
             f"{tuple(ptr.shape)} and dtype {ptr.dtype}"
@@ -415,11 +429,15 @@ def _check_ptr(ptr: Tensor | list[int], name: str) -> Tensor:
     return ptr
 
 
-def _compress(group: Tensor, other: Tensor, num_groups: int) -> CompressedEdges:
+def _holds_integers(tensor: Tensor) -> bool:
+    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
+
+
+def _compress(group: Tensor, other: Tensor, num_groups: int, num_others: int) -> CompressedEdges:
     perm = torch.argsort(group, stable=True)
     counts = torch.bincount(group, minlength=num_groups)
     ptr = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     index = other[perm]
-    if max(group.numel(), num_groups, int(other.max()) if other.numel() else 0) <= _INT32_MAX:
+    if max(group.numel(), num_groups, num_others) <= _INT32_MAX:
         ptr, index = ptr.int(), index.int()
     return CompressedEdges(ptr, index, perm)

@@ -35,6 +35,7 @@ class NodeEdit:
         slots_before: Slot of each old row, ``[N_old]``.
         slots_after: Slot of each new row, ``[N_new]``.
         weights: Share of each old row, shaped like ``new_to_old``; ``None`` for equal shares.
+            Shares of a row are scaled to sum to 1.
 
     Example:
         >>> edit = NodeEdit(torch.tensor([1, 2, -1]), torch.arange(3), torch.tensor([1, 2, 5]))
@@ -68,6 +69,14 @@ class NodeEdit:
                 f"weights must have the shape of new_to_old, {tuple(self.new_to_old.shape)}, but "
                 f"has {tuple(self.weights.shape)}"
             )
+        if self.weights is not None:
+            share = self.weights.masked_fill(self.new_to_old < 0, 0)
+            total = share.view(share.size(0), -1).sum(1)
+            if not bool((share >= 0).all() and (self.is_fresh | (total > 0)).all()):
+                raise ValueError(
+                    "weights must not be negative, and every row that is not fresh needs a "
+                    "positive one"
+                )
 
     @property
     def is_fresh(self) -> Tensor:
@@ -107,7 +116,14 @@ class NodeEdit:
         share = share.masked_fill(old < 0, 0.0).to(rows)
         share = share / share.sum(1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny)
         parts = rows[old.clamp(min=0)]
-        return (parts * share.view(*share.shape, *[1] * (rows.dim() - 1))).sum(1)
+        share = share.view(*share.shape, *[1] * (rows.dim() - 1))
+        # Rows that do not take part must not spread a NaN.
+        mixed = (parts * share).masked_fill(share == 0, 0.0).sum(1)
+        # A row that comes from one old row alone is a copy, bit for bit (-0.0 included).
+        only = share.flatten(1).argmax(1)
+        copied = parts[torch.arange(only.numel(), device=only.device), only]
+        is_copy = (share > 0).sum(1) == 1
+        return torch.where(is_copy, copied, mixed)
 
     def apply_to_slots(self, tensor: Tensor, num_slots: int, dim: int = 0) -> None:
         """Moves the rows of a tensor with a row (or a block of rows) per slot, in place."""

@@ -50,7 +50,8 @@ def gradient_signal(states: Tensor, gradient: Tensor) -> Tensor:
 def attention_sharpness(weights: Tensor, relation: Relation) -> Tensor:
     r"""One minus the normalised entropy of each state's attention, averaged over heads.
 
-    1 where a state looks at one token, 0 where it looks at all alike (or at nothing).
+    1 where a state looks at one token, 0 where it looks at all alike (or at nothing: no edge
+    enters, or all that do are masked).
 
     Shapes:
         - **input:** weights :math:`(E, H)`, relation from tokens to states
@@ -59,10 +60,11 @@ def attention_sharpness(weights: Tensor, relation: Relation) -> Tensor:
     weights = weights.detach()
     dst = relation.edge_index[1]
     log_weights = weights.clamp(min=torch.finfo(weights.dtype).tiny).log()
-    entropy = group_sum(-weights * log_weights, dst, relation.num_dst).mean(-1)
-    degree = torch.bincount(dst, minlength=relation.num_dst)
-    sharpness = 1 - entropy / degree.clamp(min=2).to(entropy).log()
-    return torch.where(degree > 1, sharpness.clamp(0, 1), (degree == 1).to(sharpness))
+    entropy = group_sum(-weights * log_weights, dst, relation.num_dst)
+    looks = group_sum(weights, dst, relation.num_dst) > 0
+    degree = torch.bincount(dst, minlength=relation.num_dst).clamp(min=2)
+    sharpness = (1 - entropy / degree.to(entropy).log().unsqueeze(1)).clamp(0, 1)
+    return sharpness.masked_fill(~looks, 0.0).mean(-1)
 
 
 def update_norm(before: Tensor, after: Tensor) -> Tensor:
@@ -72,4 +74,8 @@ def update_norm(before: Tensor, after: Tensor) -> Tensor:
         - **input:** states before and after :math:`(N, C)`
         - **output:** :math:`(N,)`
     """
+    if before.shape != after.shape:
+        raise ValueError(
+            f"before has shape {tuple(before.shape)}, but after has {tuple(after.shape)}"
+        )
     return (after.detach() - before.detach()).norm(dim=-1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -14,8 +16,8 @@ class StateManager(nn.Module):
     r"""Holds the bank of state nodes, their importance and the active mask.
 
     Two things are called importance and are not the same: ``importance`` is a learnable parameter
-    that the router adds to its logits as :math:`\log \sigma(\iota)`; ``importance_ema`` is a buffer,
-    the moving average of an observed signal (by default the routing mass).
+    that the router adds to its logits as :math:`\log \sigma(\iota)`; ``importance_ema`` is a
+    buffer, the moving average of an observed signal (by default the routing mass).
 
     Source: Neural State Machine flow, 3.4 and section 3.1 there. Differs: edits happen between
     segments, never inside a step; nothing is edited silently.
@@ -39,6 +41,8 @@ class StateManager(nn.Module):
     """
 
     slot_dims = {"bank": 0, "importance": 0, "importance_ema": 0}
+    importance_ema: Tensor
+    active: Tensor
 
     def __init__(
         self,
@@ -51,6 +55,8 @@ class StateManager(nn.Module):
     ) -> None:
         super().__init__()
         initial_states = max_states if initial_states is None else initial_states
+        if state_channels < 1:
+            raise ValueError(f"state_channels must be positive, but is {state_channels}")
         if not 1 <= min_states <= initial_states <= max_states:
             raise ValueError(
                 f"expected 1 <= min_states <= initial_states <= max_states, but got "
@@ -116,7 +122,16 @@ class StateManager(nn.Module):
         Args:
             signal: One number per state row, :math:`(N,)`; rows of one slot are averaged.
             slots: Slot of each row; ``None`` if examples hold the active slots in order.
+
+        Raises:
+            ValueError: If the rows and the slots do not match, or the signal is not finite.
         """
+        if signal.dim() != 1 or (slots is not None and slots.shape != signal.shape):
+            given = "" if slots is None else f" and slots has shape {tuple(slots.shape)}"
+            raise ValueError(
+                f"signal must hold one number per state row, but has shape {tuple(signal.shape)}"
+                f"{given}"
+            )
         if slots is None:
             if signal.numel() % self.num_active != 0:
                 raise ValueError(
@@ -125,9 +140,17 @@ class StateManager(nn.Module):
                 )
             slots = self.slots.repeat(signal.numel() // self.num_active)
         count = torch.bincount(slots, minlength=self.max_states)
+        if count.numel() > self.max_states:
+            raise ValueError(
+                f"slots names slot {count.numel() - 1}, but there are {self.max_states} slots"
+            )
         total = group_sum(signal.detach().to(self.importance_ema), slots, self.max_states)
         seen = count > 0
         mean = total[seen] / count[seen]
+        if not bool(mean.isfinite().all()):
+            raise ValueError(
+                "signal holds NaN or infinity, which the moving average would never forget"
+            )
         self.importance_ema[seen] = self.decay * self.importance_ema[seen] + (1 - self.decay) * mean
 
     # Edits ######################################################################
@@ -148,7 +171,8 @@ class StateManager(nn.Module):
                 "the optimizer does not hold the parameter `bank` of this manager; build it from "
                 "the parameters of the same machine"
             )
-        self._optimizers.append(optimizer)
+        if not any(optimizer is registered for registered in self._optimizers):
+            self._optimizers.append(optimizer)
 
     def allocate(self, n: int = 1) -> NodeEdit:
         """Activates the n lowest free slots with fresh values.
@@ -175,19 +199,19 @@ class StateManager(nn.Module):
             ValueError: If not exactly one rule is given, or ``lowest`` would leave fewer than
                 ``min_states``.
         """
-        if (lowest is None) == (below is None):
-            raise ValueError("prune takes exactly one of lowest= and below=")
         spare = self.num_active - self.min_states
         score = self.importance_ema[self.slots]
-        if lowest is not None:
+        if lowest is not None and below is None:
             if not 0 <= lowest <= spare:
                 raise ValueError(
                     f"cannot prune {lowest} of {self.num_active} states: min_states="
                     f"{self.min_states} must stay, so at most {spare} can go"
                 )
             count = lowest
-        else:
+        elif below is not None and lowest is None:
             count = min(int((score < below).sum()), spare)
+        else:
+            raise ValueError("prune takes exactly one of lowest= and below=")
         gone = score.argsort(stable=True)[:count]
         stays = torch.ones_like(score, dtype=torch.bool)
         stays[gone] = False
@@ -204,8 +228,8 @@ class StateManager(nn.Module):
         """Carries an edit to this manager, every dependent module and every optimizer.
 
         Raises:
-            ValueError: If the edit starts from other slots than the active ones, names a slot
-                twice or one that does not exist, or leaves fewer than ``min_states``.
+            ValueError: If the edit starts from other slots than the active ones, leaves fewer
+                than ``min_states``, or its new slots do not ascend or do not exist.
         """
         after = edit.slots_after
         if not torch.equal(edit.slots_before.cpu(), self.slots.cpu()):
@@ -215,13 +239,15 @@ class StateManager(nn.Module):
             )
         if after.numel() < self.min_states:
             raise ValueError(
-                f"the edit leaves {after.numel()} states, but min_states={self.min_states} must stay"
+                f"the edit leaves {after.numel()} states, but min_states={self.min_states} must "
+                f"stay"
             )
-        is_valid = (after >= 0) & (after < self.max_states)
-        if not bool(is_valid.all()) or after.unique().numel() != after.numel():
+        # Carried states keep the order of the edit, the manager that of the slots: one order.
+        exists = (after >= 0) & (after < self.max_states)
+        if not bool(exists.all()) or bool((after.diff() <= 0).any()):
             raise ValueError(
-                f"slots_after must be distinct slots in 0..{self.max_states - 1}, but is "
-                f"{after.tolist()}"
+                f"slots_after must be ascending slots in 0..{self.max_states - 1}, but is "
+                f"{after.tolist()}; reorder with new_to_old"
             )
         self.active.zero_()
         self.active[after.to(self.active.device)] = True
@@ -230,7 +256,7 @@ class StateManager(nn.Module):
 
     # Bookkeeping ################################################################
 
-    def _load_from_state_dict(self, *args, **kwargs) -> None:
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._slots = None
 

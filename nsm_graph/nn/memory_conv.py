@@ -54,6 +54,10 @@ class MemoryConv(nn.Module):
         self, channels: int, num_states: int, heads: int = 4, *, conv: nn.Module | None = None
     ) -> None:
         super().__init__()
+        if min(num_states, heads) < 1:
+            raise ValueError(
+                f"num_states and heads must be positive, but are {num_states} and {heads}"
+            )
         self.channels, self.num_states, self.heads = channels, num_states, heads
         self.conv = conv
         self.bank = nn.Parameter(torch.empty(num_states, channels))
@@ -121,7 +125,8 @@ class MemoryConv(nn.Module):
             edges = (edge_index,) if edge_attr is None else (edge_index, edge_attr)
             x = x + self.conv(x, *edges)
         update = self.router(x, writes) + self.attention((x, state), writes)
-        state = self.propagator(state, update, mask=writes.has_in_edge).state
+        mask = None if writes.is_uniform and writes.num_edges > 0 else writes.has_in_edge
+        state = self.propagator(state, update, mask=mask).state
         state = self.communication(state, talks)
         x = self.norm(x + self.readout((state, x), writes.reverse()))
         return x, state
@@ -141,7 +146,7 @@ class MemoryConv(nn.Module):
             if state is not None:
                 batch_size = state.size(0) // self.num_states
             else:
-                batch_size = int(batch[-1]) + 1 if batch.numel() > 0 else 0
+                batch_size = int(batch.flatten()[-1]) + 1 if batch.numel() > 0 else 0
         return Partition.from_ptr(ptr_from_batch(batch, batch_size))
 
     def __repr__(self) -> str:

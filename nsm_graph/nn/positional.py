@@ -44,7 +44,7 @@ class LearnedPosition(nn.Module):
         nn.init.normal_(self.table, std=0.5)
 
     def forward(self, x: Tensor, place: Tensor) -> Tensor:
-        return x + self.table[place]
+        return x + _look_up(self.table, place)
 
 
 class SinusoidalPosition(nn.Module):
@@ -108,13 +108,17 @@ class RotaryPosition(nn.Module):
                 f"rotary positions turn pairs of channels, but a head has {head_channels}; choose "
                 f"heads so that state_channels / heads is even"
             )
-        frequency = 10_000.0 ** (-torch.arange(0, head_channels, 2) / head_channels)
-        self.register_buffer("frequency", frequency, persistent=False)
+        self.head_channels = head_channels
 
     def forward(self, key: Tensor, place: Tensor) -> Tensor:
-        angle = (place.unsqueeze(1) * self.frequency).to(key.dtype).unsqueeze(1)
+        # Angles in float64, as for sines: a buffer would be rounded with the module's dtype.
+        exponent = torch.arange(
+            0, self.head_channels, 2, device=key.device, dtype=torch.float64
+        )
+        frequency = torch.exp(exponent * (-math.log(10_000.0) / self.head_channels))
+        angle = (place.to(torch.float64).unsqueeze(1) * frequency).unsqueeze(1)
         even, odd = key[..., 0::2], key[..., 1::2]
-        cos, sin = angle.cos(), angle.sin()
+        cos, sin = angle.cos().to(key.dtype), angle.sin().to(key.dtype)
         turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
         return turned.flatten(-2)
 
@@ -145,7 +149,7 @@ class RelativePosition(nn.Module):
         nn.init.normal_(self.table, std=0.5)
 
     def forward(self, place: Tensor) -> Tensor:
-        return self.table[place]
+        return _look_up(self.table, place)
 
 
 class GraphPosition(nn.Module):
@@ -191,3 +195,13 @@ class GraphPosition(nn.Module):
             # the batch vector here and gains nothing over many batches.
             pe = pe * (torch.randint(0, 2, (1, pe.size(1)), device=pe.device) * 2 - 1)
         return x + self.lin(pe.to(x.dtype))
+
+
+def _look_up(table: Tensor, place: Tensor) -> Tensor:
+    try:
+        return table[place]
+    except IndexError as error:
+        raise ValueError(
+            f"place names place {int(place.max())}, but the table has {table.size(0)} places; use "
+            f"a longer max_length, or sinusoidal positions"
+        ) from error

@@ -59,6 +59,8 @@ class StatePropagator(nn.Module):
         check_choice("cell", cell, ("gru", "lstm"))
         if state_channels < 1:
             raise ValueError(f"state_channels must be positive, but is {state_channels}")
+        if input_channels is not None and input_channels < 1:
+            raise ValueError(f"input_channels must be positive, but is {input_channels}")
         self.state_channels = state_channels
         self.input_channels = state_channels if input_channels is None else input_channels
         self.cell = cell
@@ -100,6 +102,11 @@ class StatePropagator(nn.Module):
         check_features(update, self.input_channels, "update")
         if update.size(0) != state.size(0):
             raise ValueError(f"update has {update.size(0)} rows, but state has {state.size(0)}")
+        if mask is not None and (mask.dtype != torch.bool or mask.shape != state.shape[:1]):
+            raise ValueError(
+                f"mask must hold one bool for each of the {state.size(0)} states, but has shape "
+                f"{tuple(mask.shape)} and dtype {mask.dtype}"
+            )
         if self.cell == "gru":
             step = self._gru(state, update)
         else:

@@ -152,11 +152,39 @@ class TokenToStateRouter(MessagePassing):
                 f"relation goes from {size[0]} tokens, but x has {x.size(0)} rows; build it from "
                 f"the same batch"
             )
-        relation = as_relation(edge_index, size)
+        if isinstance(edge_index, Tensor) and torch.compiler.is_compiling():
+            # Looking at the indices would break the graph; a wrong one fails where it gathers.
+            relation = Relation(edge_index, size)
+        else:
+            relation = as_relation(edge_index, size)
+        self._check_slots(slots, importance, relation)
         routing = self.route(x, self.logits(x, importance), relation, slots)
         out = self.lin_out(routing.routed)
         weights = routing.weights if return_attention_weights else None
         return with_weights(out, routing.relation, weights, return_attention_weights)
+
+    def _check_slots(
+        self, slots: Tensor | None, importance: Tensor | None, relation: Relation
+    ) -> None:
+        if importance is not None and importance.shape != (self.num_states,):
+            raise ValueError(
+                f"importance must have shape ({self.num_states},), one number for each slot, but "
+                f"has {tuple(importance.shape)}"
+            )
+        if slots is None:
+            return
+        if slots.shape != (relation.num_dst,) or slots.is_floating_point():
+            raise ValueError(
+                f"slots must have one entry for each of the {relation.num_dst} states, but has "
+                f"shape {tuple(slots.shape)} and dtype {slots.dtype}"
+            )
+        if slots.numel() > 0 and not torch.compiler.is_compiling():
+            least, most = torch.stack(slots.aminmax()).tolist()
+            if least < 0 or most >= self.num_states:
+                raise ValueError(
+                    f"slots names slot {least if least < 0 else most}, but there are "
+                    f"{self.num_states}; slots count from 0"
+                )
 
     def logits(
         self, x: Tensor, importance: Tensor | None = None, slots: Tensor | None = None

@@ -34,7 +34,9 @@ def choose_backend(
     if relation.is_uniform:
         return BackendChoice("dense", "complete and uniform: one dense block per example")
     if relation.fill >= MIN_DENSE_FILL:
-        return BackendChoice("dense", f"complete and ragged, {relation.fill:.0%} of the padding full")
+        return BackendChoice(
+            "dense", f"complete and ragged, {relation.fill:.0%} of the padding full"
+        )
     return BackendChoice(
         "reference", f"complete and ragged, only {relation.fill:.0%} of the padding full"
     )
@@ -52,9 +54,9 @@ def explain(relation: Relation, dtype: torch.dtype = torch.float32) -> BackendCh
 
 def available_backends() -> list[tuple[str, bool, str]]:
     """Name, availability and reason of every backend."""
-    has_scatter = "torch-scatter is installed" if HAS_TORCH_SCATTER else (
-        "needs torch-scatter: pip install --no-build-isolation torch-scatter"
-    )
+    has_scatter = "torch-scatter is installed"
+    if not HAS_TORCH_SCATTER:
+        has_scatter = "needs torch-scatter: pip install --no-build-isolation torch-scatter"
     return [
         ("reference", True, "gather, softmax, scatter; any edges, any order of derivative"),
         ("dense", True, "scaled_dot_product_attention; complete relations"),

@@ -1,7 +1,8 @@
 """Sums and softmaxes over groups of edges: the two primitives of every reference path.
 
-torch-scatter serves the sums where it is installed and may be used (eager mode, no second
-derivative wanted); everything else is PyG's own code on plain torch.
+They are PyG's own code on plain torch; 16-bit values are summed in float32, as torch's own softmax
+and matrix products do. torch-scatter serves the sum over sorted edges, where it is installed and
+the backend that needs it is forced.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ HAS_TORCH_SCATTER = find_spec("torch_scatter") is not None
 
 def group_softmax(scores: Tensor, group: Tensor, num_groups: int) -> Tensor:
     """Softmax of ``[E, ...]`` over the edges of each group, stabilised by the group's maximum."""
-    return softmax(scores, group, num_nodes=num_groups)
+    return softmax(_widen(scores), group, num_nodes=num_groups).to(scores.dtype)
 
 
 def masked_group_softmax(scores: Tensor, group: Tensor, num_groups: int) -> Tensor:
@@ -31,11 +32,18 @@ def masked_group_softmax(scores: Tensor, group: Tensor, num_groups: int) -> Tens
 
 def group_sum(values: Tensor, group: Tensor, num_groups: int) -> Tensor:
     """Sum of ``[E, ...]`` over the edges of each group; empty groups give zero."""
-    return scatter(values, group, dim=0, dim_size=num_groups, reduce="sum")
+    total = scatter(_widen(values), group, dim=0, dim_size=num_groups, reduce="sum")
+    return total.to(values.dtype)
 
 
 def group_sum_sorted(values: Tensor, edges: CompressedEdges) -> Tensor:
     """The same through torch-scatter's ``segment_csr``, over edges sorted by group."""
     from torch_scatter import segment_csr
 
-    return segment_csr(values.index_select(0, edges.perm), edges.ptr.long(), reduce="sum")
+    values_sorted = _widen(values).index_select(0, edges.perm)
+    return segment_csr(values_sorted, edges.ptr.long(), reduce="sum").to(values.dtype)
+
+
+def _widen(values: Tensor) -> Tensor:
+    # In 16 bits a long sum stops growing once its terms fall below half a unit in the last place.
+    return values.float() if values.is_floating_point() and values.itemsize < 4 else values

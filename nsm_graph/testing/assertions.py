@@ -7,19 +7,22 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from nsm_graph.ops import edge_attention
+from nsm_graph.ops.edge_attention import Normalise, edge_attention
 from nsm_graph.relation import Relation
 
 
-def assert_close_to_norm(actual: Tensor, expected: Tensor, tolerance: float, name: str = "") -> None:
+def assert_close_to_norm(
+    actual: Tensor, expected: Tensor, tolerance: float, name: str = ""
+) -> None:
     """Raises unless ``|actual - expected| <= tolerance * |expected|``, in the euclidean norm."""
     if actual.shape != expected.shape:
         raise AssertionError(
             f"{name}: expected shape {tuple(expected.shape)}, but got {tuple(actual.shape)}"
         )
-    error = (actual - expected).double().norm()
-    bound = tolerance * expected.double().norm().clamp(min=1e-30)
-    if not bool(error <= bound) and bool(error > 0):
+    error = (actual.double() - expected.double()).norm()
+    bound = tolerance * expected.double().norm()
+    # A NaN on either side is no equality: it must not pass.
+    if not bool(error <= bound):
         raise AssertionError(
             f"{name}: differs by {error:.3e}, but at most {bound:.3e} is allowed "
             f"({tolerance:.0e} of the norm)"
@@ -34,18 +37,18 @@ def assert_matches_reference(
     relation: Relation,
     *,
     bias: Tensor | None = None,
-    normalise: str = "target",
+    normalise: Normalise = "target",
     tolerance: float = 1e-5,
 ) -> None:
     """Raises unless a backend of edge attention equals the reference, every gradient included."""
     results = []
     for name in (backend, "reference"):
-        inputs = [t.detach().clone().requires_grad_() for t in (query, key, value)]
+        q, k, v = (t.detach().clone().requires_grad_() for t in (query, key, value))
         given = None if bias is None else bias.detach().clone().requires_grad_()
-        out = edge_attention(*inputs, relation, bias=given, normalise=normalise, backend=name)
+        out = edge_attention(q, k, v, relation, bias=given, normalise=normalise, backend=name)
         weight = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
         (out * weight.to(out.device)).sum().backward()
-        grads = [t.grad for t in inputs] + ([] if given is None else [given.grad])
+        grads = [q.grad, k.grad, v.grad] + ([] if given is None else [given.grad])
         results.append([out, *grads])
     names = ("output", "query gradient", "key gradient", "value gradient", "bias gradient")
     for name, actual, expected in zip(names, *results, strict=False):
@@ -63,13 +66,18 @@ def assert_batch_invariant(
 
     Args:
         function: Takes (x, batch), gives one row per example.
-        examples: The tokens of each example, ``[L_b, C]``.
+        examples: The tokens of each example, ``[L_b, C]``; at least one token each, because
+            ``batch`` cannot tell of examples without any.
         tolerance: Share of the norm by which results may differ.
     """
-    batch = torch.cat([torch.full((len(x),), i) for i, x in enumerate(examples)])
-    together = function(torch.cat(list(examples)), batch)
+    if not examples or min(len(x) for x in examples) == 0:
+        raise ValueError("examples must be a sequence of tensors with at least one token each")
+    x_all = torch.cat(list(examples))
+    lengths = torch.tensor([len(x) for x in examples], device=x_all.device)
+    batch = torch.repeat_interleave(lengths)
+    together = function(x_all, batch)
     for i, x in enumerate(examples):
-        alone = function(x, torch.zeros(len(x), dtype=torch.long))
+        alone = function(x, torch.zeros(len(x), dtype=torch.long, device=x.device))
         assert_close_to_norm(together[i], alone[0], tolerance, f"example {i}")
 
 

@@ -32,6 +32,9 @@ class NodeSet:
     @classmethod
     def from_counts(cls, counts: list[int], x: Tensor | None = None) -> NodeSet:
         """A node set with the given number of nodes in each example."""
+        if min(counts, default=0) < 0 or (x is not None and x.size(0) != sum(counts)):
+            rows = "" if x is None else f", and one row of x for each ({x.size(0)} given)"
+            raise ValueError(f"counts must be numbers of nodes{rows}, but are {counts}")
         ptr = torch.tensor([0, *counts], device=None if x is None else x.device).cumsum(0)
         return cls(Partition.from_ptr(ptr), x)
 
@@ -106,7 +109,8 @@ class Combined(Topology):
         self.is_dynamic = left.is_dynamic or right.is_dynamic
 
     def __call__(self, nodes: NodeSet) -> Relation:
-        left, right = _edge_keys(self.left(nodes)), _edge_keys(self.right(nodes))
+        relations = self.left(nodes), self.right(nodes)
+        left, right = (_edge_keys(relation) for relation in relations)
         if self.operator == "|":
             keys = torch.cat([left, right]).unique()
         else:
@@ -115,7 +119,9 @@ class Combined(Topology):
         # Keys sort by target, then by source.
         num_nodes = max(nodes.num_nodes, 1)
         edge_index = torch.stack([keys % num_nodes, keys // num_nodes])
-        return Relation(edge_index, (nodes.num_nodes, nodes.num_nodes))
+        if any(relation.targets is None for relation in relations):
+            return Relation(edge_index, (nodes.num_nodes, nodes.num_nodes))
+        return relation_inside(nodes, edge_index)
 
     def __repr__(self) -> str:
         return f"({self.left!r} {self.operator} {self.right!r})"
@@ -171,6 +177,12 @@ def rule(
     if function is None:
         return lambda wrapped: Rule(wrapped, is_dynamic)
     return Rule(function, is_dynamic)
+
+
+def relation_inside(nodes: NodeSet, edge_index: Tensor) -> Relation:
+    """A general relation of edges that stay inside examples; its dense view is per example."""
+    size = (nodes.num_nodes, nodes.num_nodes)
+    return Relation(edge_index, size, nodes.nodes, nodes.nodes)
 
 
 def _edge_keys(relation: Relation) -> Tensor:

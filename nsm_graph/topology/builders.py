@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nsm_graph.relation import Relation
-from nsm_graph.topology.base import Complete, NodeSet, Topology
+from nsm_graph.topology.base import Complete, NodeSet, Topology, relation_inside
 
 
 def complete() -> Topology:
@@ -54,7 +54,8 @@ def from_edge_index(edge_index: Tensor, num_nodes: int | None = None) -> Topolog
 
     Args:
         edge_index: ``[2, E]``, as PyG has it.
-        num_nodes: Nodes of an example; ``None`` to take the largest index.
+        num_nodes: Nodes of an example; ``None`` for the largest index plus one. An example
+            without nodes has no edges.
 
     Example:
         >>> chain = from_edge_index(torch.tensor([[0, 1], [1, 2]]))
@@ -84,7 +85,7 @@ class Ring(Topology):
         is_new[:, 1:] = source[:, 1:] != source[:, :-1]
         is_new &= source != target
         edges = torch.stack([source[is_new], target.expand_as(source)[is_new]])
-        return Relation(edges, (nodes.num_nodes, nodes.num_nodes))
+        return relation_inside(nodes, edges)
 
     def __repr__(self) -> str:
         return f"ring({self.k})"
@@ -100,7 +101,7 @@ class Star(Topology):
         src, dst = Complete()(nodes).edge_index
         is_hub = nodes.position < self.hubs
         kept = (is_hub[src] | is_hub[dst]) & (src != dst)
-        return Relation(torch.stack([src[kept], dst[kept]]), (nodes.num_nodes, nodes.num_nodes))
+        return relation_inside(nodes, torch.stack([src[kept], dst[kept]]))
 
     def __repr__(self) -> str:
         return f"star({self.hubs})"
@@ -109,7 +110,7 @@ class Star(Topology):
 class SelfLoops(Topology):
     def __call__(self, nodes: NodeSet) -> Relation:
         index = torch.arange(nodes.num_nodes, device=nodes.ptr.device)
-        return Relation(torch.stack([index, index]), (nodes.num_nodes, nodes.num_nodes))
+        return relation_inside(nodes, torch.stack([index, index]))
 
     def __repr__(self) -> str:
         return "self_loops()"
@@ -124,14 +125,15 @@ class FixedEdges(Topology):
 
     def __call__(self, nodes: NodeSet) -> Relation:
         counts = nodes.ptr.diff()
-        if nodes.num_nodes > 0 and bool((counts != self.num_nodes).any()):
+        holds_nodes = counts > 0
+        if bool((holds_nodes & (counts != self.num_nodes)).any()):
             raise ValueError(
                 f"{self!r} is for examples of {self.num_nodes} nodes, but the examples have "
                 f"{counts.unique().tolist()}; make a topology for that node count"
             )
         edge_index = self.edge_index.to(nodes.ptr.device)
-        edges = edge_index.unsqueeze(1) + nodes.ptr[:-1].view(1, -1, 1)
-        return Relation(edges.flatten(1), (nodes.num_nodes, nodes.num_nodes))
+        edges = edge_index.unsqueeze(1) + nodes.ptr[:-1][holds_nodes].view(1, -1, 1)
+        return relation_inside(nodes, edges.flatten(1))
 
     def __repr__(self) -> str:
         return f"from_edge_index({self.edge_index.size(1)} edges, {self.num_nodes} nodes)"

@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 
 from nsm_graph.relation import Relation
-from nsm_graph.topology.base import NodeSet, Topology
+from nsm_graph.topology.base import NodeSet, Topology, relation_inside
 
 
 def knn(k: int = 4) -> Topology:
     r"""Each node from its k nearest others (euclidean) in the current states.
 
-    Ties go to the lowest index. The choice of neighbours carries no gradient; the attention over
-    them does.
+    Ties go to the lowest index; an example without nodes has no edges. The choice of neighbours
+    carries no gradient; the attention over them does.
 
     Example:
         >>> states = torch.tensor([[0.0], [1.0], [5.0]])
@@ -34,16 +34,23 @@ class NearestNeighbours(Topology):
     def __call__(self, nodes: NodeSet) -> Relation:
         if nodes.x is None:
             raise ValueError(f"{self!r} reads the current states, but the node set has no x")
-        size = (nodes.num_nodes, nodes.num_nodes)
+        if nodes.x.dim() != 2 or nodes.x.size(0) != nodes.num_nodes:
+            raise ValueError(
+                f"{self!r} needs x of shape ({nodes.num_nodes}, channels), but it has "
+                f"{tuple(nodes.x.shape)}"
+            )
         if nodes.num_nodes == 0:
-            return Relation(torch.zeros(2, 0, dtype=torch.long, device=nodes.x.device), size)
-        fewest = int(nodes.ptr.diff().min())
+            nothing = torch.zeros(2, 0, dtype=torch.long, device=nodes.x.device)
+            return relation_inside(nodes, nothing)
+        counts = nodes.ptr.diff()
+        fewest = int(counts[counts > 0].min())
         if fewest <= self.k:
             raise ValueError(
                 f"{self!r} needs more than {self.k} nodes in every example, but one has {fewest}; "
-                f"use k <= {max(fewest - 1, 1)}"
+                f"use a smaller k or more nodes"
             )
-        x = nodes.nodes.pad(nodes.x.detach())
+        # Distances do not exist in 16 bits.
+        x = nodes.nodes.pad(nodes.x.detach().to(torch.promote_types(nodes.x.dtype, torch.float32)))
         distance = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")
         is_node = nodes.nodes.mask()
         distance = distance.masked_fill(~is_node.unsqueeze(1), torch.inf)
@@ -53,7 +60,7 @@ class NearestNeighbours(Topology):
         source = nodes.nodes.unpad(nearest + nodes.ptr[:-1].view(-1, 1, 1)).sort(1).values
         target = torch.arange(nodes.num_nodes, device=source.device).unsqueeze(1)
         edges = torch.stack([source.flatten(), target.expand_as(source).flatten()])
-        return Relation(edges, size)
+        return relation_inside(nodes, edges)
 
     def __repr__(self) -> str:
         return f"knn({self.k})"

@@ -65,8 +65,8 @@ def edge_attention(
         - **output:** :math:`(N, H, D)`
 
     Raises:
-        ValueError: If shapes, dtypes, devices or the relation's sizes disagree, or the backend
-            is unknown or cannot serve this call.
+        ValueError: If shapes, dtypes, devices or the relation's sizes disagree, ``normalise`` is
+            unknown, or the backend is unknown or cannot serve this call.
 
     Example:
         >>> import torch
@@ -125,6 +125,10 @@ def _check_arguments(
             raise ValueError(f"{name} is on {tensor.device}, but query is on {query.device}")
     if not query.is_floating_point():
         raise ValueError(f"query, key and value must be floating point, but are {query.dtype}")
+    if query.size(2) == 0:
+        raise ValueError(
+            f"query {tuple(query.shape)} has no channels; it needs at least one a head"
+        )
     if key.shape[1:] != query.shape[1:] or value.shape[:2] != key.shape[:2]:
         raise ValueError(
             f"query {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)} "
@@ -142,17 +146,18 @@ def _check_arguments(
         )
     if bias is None:
         return None
-    if bias.dim() == 1:
-        bias = bias.unsqueeze(1)
-    if bias.dim() != 2 or bias.size(0) != relation.num_edges or bias.size(1) not in (
-        1,
-        query.size(1),
-    ):
+    if not bias.is_floating_point() or bias.device != query.device:
         raise ValueError(
-            f"bias must have shape ({relation.num_edges},), ({relation.num_edges}, 1) or "
-            f"({relation.num_edges}, {query.size(1)}), but has {tuple(bias.shape)}"
+            f"bias must be floating point on {query.device}, but is {bias.dtype} on {bias.device}; "
+            f"0 keeps an edge and -inf removes it"
         )
-    return bias.to(query.dtype)
+    num_edges, heads = relation.num_edges, query.size(1)
+    if bias.shape not in ((num_edges,), (num_edges, 1), (num_edges, heads)):
+        raise ValueError(
+            f"bias must have shape ({num_edges},), ({num_edges}, 1) or ({num_edges}, {heads}), but "
+            f"has {tuple(bias.shape)}"
+        )
+    return bias.to(query.dtype).view(num_edges, -1 if num_edges > 0 else heads)
 
 
 __all__ = ["BACKENDS", "BackendChoice", "edge_attention", "edge_attention_weights"]

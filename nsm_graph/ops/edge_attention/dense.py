@@ -26,10 +26,14 @@ def edge_attention(
     scale: float,
 ) -> Tensor:
     """Weighted sum of the values into their targets, ``[N, H, D]``."""
-    assert relation.sources is not None and relation.targets is not None
+    assert relation.sources is not None
+    assert relation.targets is not None
     if relation.num_edges == 0:
-        # Keeps the graph of gradients: zero, yet connected to every input.
-        return q_NHD * 0 + (k_MHD.sum() + v_MHD.sum()) * 0
+        # Keeps the graph of gradients: zero, yet connected to every input (and to no value of it).
+        empty = q_NHD[:0].sum() + k_MHD[:0].sum() + v_MHD[:0].sum()
+        if bias_EH is not None:
+            empty = empty + bias_EH.sum()
+        return torch.zeros_like(q_NHD) + empty
     q_BHND = relation.targets.pad(q_NHD).transpose(1, 2)
     k_BHLD = relation.sources.pad(k_MHD).transpose(1, 2)
     v_BHLD = relation.sources.pad(v_MHD).transpose(1, 2)

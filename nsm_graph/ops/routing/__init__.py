@@ -13,6 +13,8 @@ from nsm_graph.ops.backend import choose_backend
 from nsm_graph.ops.routing import dense, reference
 from nsm_graph.relation import Relation, check_size
 
+IMPLEMENTATIONS = {"reference": reference.route, "dense": dense.route}
+
 
 def route(
     logits: Tensor,
@@ -40,21 +42,43 @@ def route(
     Shapes:
         - **input:** logits :math:`(T, K, H)`, x :math:`(T, C)`, column :math:`(N,)`
         - **output:** routed :math:`(N, C)`, weights :math:`(E,)` in edge order
+
+    Raises:
+        ValueError: If shapes or the relation's sizes disagree, it is open which column a state
+            reads, or the backend is unknown or cannot serve this call.
+
+    Example:
+        >>> import torch
+        >>> relation = Relation.complete([0, 3], [0, 2])
+        >>> routed, weights = route(torch.zeros(3, 2, 4), torch.ones(3, 1), relation)
+        >>> routed.flatten().tolist(), weights.tolist()
+        ([1.5, 1.5], [0.5, 0.5, 0.5, 0.5, 0.5, 0.5])
     """
+    if backend not in (*IMPLEMENTATIONS, None):
+        raise ValueError(
+            f"backend of routing must be one of {sorted(IMPLEMENTATIONS)} or None, but is "
+            f"{backend!r}"
+        )
+    if x.dim() != 2:
+        raise ValueError(f"x must have shape (tokens, channels), but has {tuple(x.shape)}")
     if logits.dim() != 3 or logits.size(0) != x.size(0):
         raise ValueError(
             f"logits must have shape ({x.size(0)}, columns, heads), but has {tuple(logits.shape)}"
         )
     num_columns = logits.size(1)
+    check_size(relation, (x.size(0), relation.num_dst))
+    if column is not None and column.shape != (relation.num_dst,):
+        raise ValueError(
+            f"column must name one column for each of the {relation.num_dst} states, but has "
+            f"shape {tuple(column.shape)}"
+        )
     if column is None and not _is_column_by_position(relation, num_columns):
         raise ValueError(
             f"{relation} does not give every example {num_columns} states, as many as there are "
             f"columns in logits; say with column= which column each state reads"
         )
-    check_size(relation, (x.size(0), relation.num_dst if column is None else column.size(0)))
     choice = choose_backend(relation, x.dtype, forced=backend)
-    implementation = dense.route if choice.name == "dense" else reference.route
-    return implementation(logits, x, relation, column)
+    return IMPLEMENTATIONS[choice.name](logits, x, relation, column)
 
 
 def _is_column_by_position(relation: Relation, num_columns: int) -> bool:

@@ -17,10 +17,12 @@ def route(
 ) -> tuple[Tensor, Tensor]:
     """Routed sums ``[N, C]`` and head-averaged weights ``[E]``."""
     sources, targets = relation.sources, relation.targets
-    assert sources is not None and targets is not None
+    assert sources is not None
+    assert targets is not None
     if relation.num_edges == 0:
-        zero = (logits_TKH.sum() + x_TC.sum()) * 0
-        return x_TC.new_zeros(relation.num_dst, x_TC.size(1)) + zero, x_TC.new_zeros(0)
+        # Zero, yet connected to both inputs (and to no value of them).
+        empty = logits_TKH[:0].sum() + x_TC[:0].sum()
+        return x_TC.new_zeros(relation.num_dst, x_TC.size(1)) + empty, x_TC.new_zeros(0) + empty
     logits_BLKH = sources.pad(logits_TKH)
     scores_BLnH = logits_BLKH
     if column_N is not None:
