@@ -16,8 +16,9 @@ from pathlib import Path
 USAGE = """usage: nsm-graph COMMAND ...
 
 commands:
-  train TASK | --config FILE [--seed N] [--out RUN] [--compare gru,lstm,transformer] [--section.key
-  value ...] evaluate RUN [--length L] [--json FILE] [--section.key value ...]
+  train TASK | --config FILE [--seed N] [--out RUN] [--compare gru,lstm,transformer]
+                             [--section.key value ...]
+  evaluate RUN [--length L] [--json FILE] [--section.key value ...]
   info
 
 nsm-graph COMMAND --help says more.

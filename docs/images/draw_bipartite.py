@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.patches import FancyArrowPatch
 
-INK, TOKEN, STATE, TALK, READ = "#22303c", "#4c8dae", "#d9822b", "#8a6fb0", "#5b9a68"
+INK, TOKEN, STATE, TALK = "#22303c", "#4c8dae", "#d9822b", "#8a6fb0"
 
 
 def draw(path: Path) -> None:
@@ -47,16 +47,14 @@ def draw(path: Path) -> None:
                     zorder=2,
                 )
             )
-        axes.scatter(token_x, np.zeros(segment), s=430, color=TOKEN, zorder=3, edgecolor="white")
-        axes.scatter(state_x, np.full(num_states, 1.9), s=560, color=STATE, zorder=3, edgecolor="white")
+        axes.scatter(token_x, np.zeros(segment), s=430, c=TOKEN, zorder=3, ec="white")
+        axes.scatter(state_x, np.full(num_states, 1.9), s=560, c=STATE, zorder=3, ec="white")
         for i, x in enumerate(token_x):
             label = f"$x_{{{step * segment + i}}}$"
             axes.text(x, 0, label, ha="center", va="center", color="white", fontsize=11)
         for j, x in enumerate(state_x):
             axes.text(x, 1.9, f"$s_{j}$", ha="center", va="center", color="white", fontsize=12)
-        axes.text(
-            token_x.mean(), -0.55, f"segment {step}", ha="center", color=INK, fontsize=11
-        )
+        axes.text(token_x.mean(), -0.55, f"segment {step}", ha="center", color=INK, fontsize=11)
     axes.add_patch(
         FancyArrowPatch(
             (4.05, 1.9),
@@ -67,10 +65,14 @@ def draw(path: Path) -> None:
             linewidth=2.2,
         )
     )
-    axes.text(5.12, 2.03, "gates carry\nthe states on", ha="center", va="bottom", fontsize=10, color=INK)
-    axes.text(5.15, 0.92, "routing and attention:\nedges token → state", ha="center", fontsize=10, color=TOKEN)
-    axes.text(1.9, 2.72, "communication over any topology", ha="center", fontsize=10, color=TALK)
-    axes.text(8.3, 2.72, "here: a ring of states", ha="center", fontsize=10, color=TALK)
+    notes = [
+        (5.12, 2.03, "gates carry\nthe states on", INK),
+        (5.15, 0.92, "routing and attention:\nedges token → state", TOKEN),
+        (1.9, 2.72, "communication over any topology", TALK),
+        (8.3, 2.72, "here: a ring of states", TALK),
+    ]
+    for x, y, text, color in notes:
+        axes.text(x, y, text, ha="center", va="bottom", fontsize=10, color=color)
     axes.set_xlim(-0.6, 10.8)
     axes.set_ylim(-0.75, 2.95)
     axes.axis("off")

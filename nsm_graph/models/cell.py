@@ -217,17 +217,19 @@ class StateMachineCell(nn.Module):
         def cut(rows: Tensor | None, sizes: list[int]) -> list[Tensor] | list[None]:
             return [None] * len(steps) if rows is None else list(rows.split(sizes))
 
-        slices = zip(
-            relations,
-            cut(inputs.routed, num_rows),
-            cut(inputs.key, num_tokens),
-            cut(inputs.value, num_tokens),
-            cut(inputs.bias, num_edges),
-            cut(inputs.scan, num_tokens),
-            cut(inputs.mask, num_rows),
-            strict=True,
-        )
-        return [SegmentInputs(*parts, None, None) for parts in slices]
+        return [
+            SegmentInputs(relation, routed, key, value, bias, scan, mask, None, None)
+            for relation, routed, key, value, bias, scan, mask in zip(
+                relations,
+                cut(inputs.routed, num_rows),
+                cut(inputs.key, num_tokens),
+                cut(inputs.value, num_tokens),
+                cut(inputs.bias, num_edges),
+                cut(inputs.scan, num_tokens),
+                cut(inputs.mask, num_rows),
+                strict=True,
+            )
+        ]
 
     def connect(self, inputs: list[SegmentInputs], slots: Tensor) -> list[SegmentInputs]:
         """Adds to each step who its states talk to: a relation, or nodes for a dynamic rule."""
@@ -280,7 +282,8 @@ class StateMachineCell(nn.Module):
         states, talks = propagated.state, inputs.talks
         if self.communication is not None:
             if talks is None:
-                assert self.topology is not None and inputs.nodes is not None
+                assert self.topology is not None
+                assert inputs.nodes is not None
                 talks = self.topology(replace(inputs.nodes, x=states))
             states = self.communication(states, talks)
         return CellOutput(propagated, states, reads, alpha, talks)

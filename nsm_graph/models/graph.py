@@ -48,7 +48,7 @@ class GraphPasses(nn.Module):
     ) -> None:
         super().__init__()
         is_one = isinstance(conv, nn.Module) and not isinstance(conv, nn.ModuleList)
-        convs = [conv] if is_one else list(conv)  # type: ignore[arg-type]
+        convs = [conv] if is_one else list(conv)
         if len(convs) not in (1, num_steps):
             raise ValueError(
                 f"conv must be one module or one for each of the {num_steps} passes, but "

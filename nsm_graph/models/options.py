@@ -36,7 +36,7 @@ def check_options(
     **sizes: int,
 ) -> None:
     """Raises a ``ValueError`` unless the constructor's options fit together."""
-    counts = {
+    counts: dict[str, object] = {
         **sizes,
         "segment_length": segment_length,
         "num_steps": num_steps,
@@ -46,7 +46,7 @@ def check_options(
         "pe_channels": pe_channels,
     }
     if checkpoint_segments != "sqrt":
-        counts["checkpoint_segments"] = checkpoint_segments  # type: ignore[assignment]
+        counts["checkpoint_segments"] = checkpoint_segments
     for name, value in counts.items():
         if value is not None and (not isinstance(value, int) or value < 1):
             raise ValueError(f"{name} must be a positive integer, but is {value!r}")

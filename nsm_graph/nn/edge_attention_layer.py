@@ -116,4 +116,3 @@ def with_weights(
         return out
     assert alpha is not None
     return out, (edges.edge_index if isinstance(edges, Relation) else edges, alpha)
-

@@ -112,9 +112,7 @@ class RotaryPosition(nn.Module):
 
     def forward(self, key: Tensor, place: Tensor) -> Tensor:
         # Angles in float64, as for sines: a buffer would be rounded with the module's dtype.
-        exponent = torch.arange(
-            0, self.head_channels, 2, device=key.device, dtype=torch.float64
-        )
+        exponent = torch.arange(0, self.head_channels, 2, device=key.device, dtype=torch.float64)
         frequency = torch.exp(exponent * (-math.log(10_000.0) / self.head_channels))
         angle = (place.to(torch.float64).unsqueeze(1) * frequency).unsqueeze(1)
         even, odd = key[..., 0::2], key[..., 1::2]

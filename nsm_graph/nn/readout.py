@@ -97,9 +97,7 @@ class StatePool(nn.Module):
         weights = softmax(self.lin_gate(x), batch, num_nodes=batch_size)
         return scatter(x * weights, batch, dim=0, dim_size=batch_size, reduce="sum")
 
-    def _flatten(
-        self, x: Tensor, batch: Tensor, batch_size: int, slots: Tensor | None
-    ) -> Tensor:
+    def _flatten(self, x: Tensor, batch: Tensor, batch_size: int, slots: Tensor | None) -> Tensor:
         assert self.num_states is not None
         if slots is None:
             if x.size(0) != batch_size * self.num_states:

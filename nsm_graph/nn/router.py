@@ -234,9 +234,7 @@ class TokenToStateRouter(MessagePassing):
         if self.top_k is not None:
             relation, weights = keep_top_k(relation, weights, self.top_k)
         # propagate_type: (x: Tensor, alpha: Tensor)
-        routed = self.propagate(
-            relation.edge_index, size=relation.size, x=(x, None), alpha=weights
-        )
+        routed = self.propagate(relation.edge_index, size=relation.size, x=(x, None), alpha=weights)
         return Routing(routed, weights, relation)
 
     def message(self, x_j: Tensor, alpha: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """Config and dataset -> model: what is given reaches the machine, what does not fit is named."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch_geometric.data import Batch, Data
@@ -12,6 +14,8 @@ from nsm_graph.training.parse import config_parser, parse, recipe
 
 SEQUENCES = DatasetInfo("tiny", "classification", 2, None, 3)
 MOLECULES = DatasetInfo("tiny", "regression", 1, 5, 1, edge_embeddings=4, pe_channels=6)
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def nsm(data=None, **model):
@@ -86,6 +90,8 @@ def test_what_does_not_fit_is_named():
         ("zinc", DatasetInfo("ZINC", "regression", 1, 28, 1, edge_embeddings=4, pe_channels=16)),
     ],
 )
-def test_every_recipe_builds(task, info):
-    config, _ = parse(config_parser("test", ""), [], base=recipe(task))
+def test_every_recipe_and_example_builds(task, info):
+    example = EXAMPLES / f"{task}.yaml"
+    base = example if example.exists() else recipe(task)
+    config, _ = parse(config_parser("test", ""), [], base=base)
     assert sum(p.numel() for p in build_model(config, info).parameters()) > 1000

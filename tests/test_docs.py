@@ -1,0 +1,55 @@
+"""What the documents show runs, and what they name exists."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("code", blocks("python"), ids=["layer", "graph", "topology"])
+def test_readme_example_runs(code: str, capsys) -> None:
+    exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
+    assert "nan" not in capsys.readouterr().out
+
+
+def test_readme_starts_with_the_two_commands() -> None:
+    train, test = blocks("bash")[:2]
+    assert train.splitlines()[-1].endswith("nsm-graph train digits")
+    assert test.splitlines()[-1].endswith("pytest")
+    for block in (train, test):
+        assert block.startswith("python3.11 -m venv"), "complete on a fresh machine"
+
+
+@pytest.mark.parametrize("page", sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")]))
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        if not target.startswith(("http:", "https:")):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_every_file_that_the_equations_name_exists() -> None:
+    text = (ROOT / "docs" / "equations.md").read_text()
+    for name in re.findall(r"`((?:nn|ops|memory|models|topology)/[\w/.]*)`", text):
+        assert (ROOT / "nsm_graph" / name).exists(), name
+
+
+def test_constraints_pin_every_dependency() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = list(project["dependencies"])
+    for extra in project["optional-dependencies"].values():
+        wanted += [name for name in extra if not name.startswith("nsm-graph")]
+    pinned = {
+        line.split("==")[0].lower().replace("_", "-")
+        for line in (ROOT / ".ci" / "constraints.txt").read_text().splitlines()
+        if "==" in line
+    }
+    names = {re.split(r"[\[><=]", name)[0].lower() for name in wanted}
+    assert names <= pinned, f"not pinned: {sorted(names - pinned)}"
