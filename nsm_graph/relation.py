@@ -179,7 +179,7 @@ class Relation:
         r"""The complete relation of two sorted PyG ``batch`` vectors."""
         if batch_size is None:
             ends = [int(b.flatten()[-1]) + 1 for b in (src_batch, dst_batch) if b.numel() > 0]
-            batch_size = max(0, *ends)
+            batch_size = max([0, *ends])
         src_ptr = ptr_from_batch(src_batch, batch_size, "src_batch")
         dst_ptr = ptr_from_batch(dst_batch, batch_size, "dst_batch")
         return cls.complete(src_ptr, dst_ptr)

@@ -20,9 +20,11 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.optim import Optimizer
 
-#: Optimizer state that averages squared gradients. A fresh row takes the survivors' mean: the step
-#: counter is shared, so a zero second moment would make the row jump.
-SECOND_MOMENTS = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "acc_delta", "sum"})
+#: Optimizer state that scales the steps. A fresh row takes the survivors' mean: the step counter is
+#: shared, so a zero second moment would make the row jump, and a zero step size would freeze it.
+SECOND_MOMENTS = frozenset(
+    {"exp_avg_sq", "max_exp_avg_sq", "square_avg", "acc_delta", "sum", "step_size"}
+)
 
 
 @dataclass(frozen=True, eq=False)

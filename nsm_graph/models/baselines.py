@@ -7,7 +7,6 @@ given order and edges are ignored: on graphs these are structure-free references
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -17,51 +16,11 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from nsm_graph.models.embedding import TokenEmbedding
-
-HEADS = ("example", "token", "next_token")
-
-
-class Ragged(NamedTuple):
-    """Where each token sits in the padded view of its batch: row `batch`, column `position`."""
-
-    batch: Tensor
-    position: Tensor
-    lengths: Tensor
-
-    def pad(self, x: Tensor) -> Tensor:
-        # At least one column: a packed sequence cannot be empty.
-        columns = max(int(self.lengths.max()) if len(self.lengths) else 0, 1)
-        dense = x.new_zeros(len(self.lengths), columns, x.size(-1))
-        return dense.index_put((self.batch, self.position), x)
-
-    def unpad(self, dense: Tensor) -> Tensor:
-        return dense[self.batch, self.position]
-
-
-def ragged(x: Tensor, batch: Tensor | None, batch_size: int | None) -> Ragged:
-    """Checks `batch` and lays the batch out; one example if `batch` is :obj:`None`."""
-    if batch is None:
-        batch = torch.zeros(x.size(0), dtype=torch.long, device=x.device)
-    if batch.shape != (x.size(0),):
-        raise ValueError(
-            f"batch: expected one entry per token, ({x.size(0)},); got {tuple(batch.shape)}"
-        )
-    if batch.numel() and bool((batch[1:] < batch[:-1]).any()):
-        raise ValueError(
-            "batch: expected examples in order (non-decreasing); got an unsorted vector; "
-            "sort the tokens"
-        )
-    num_examples = int(batch[-1]) + 1 if batch.numel() else (batch_size or 0)
-    if batch_size is not None and num_examples > batch_size:
-        raise ValueError(
-            f"batch_size: expected at least {num_examples} for this batch; got {batch_size}"
-        )
-    if batch.numel() and int(batch[0]) < 0:
-        raise ValueError(f"batch: expected entries >= 0; got {int(batch[0])}")
-    lengths = torch.bincount(batch, minlength=batch_size or num_examples)
-    starts = lengths.cumsum(0) - lengths
-    position = torch.arange(x.size(0), device=x.device) - starts[batch]
-    return Ragged(batch, position, lengths)
+from nsm_graph.models.heads import HEADS
+from nsm_graph.models.options import check_batch
+from nsm_graph.nn import SinusoidalPosition
+from nsm_graph.nn.checks import check_choice
+from nsm_graph.relation import Partition
 
 
 @dataclass
@@ -94,14 +53,14 @@ class Baseline(nn.Module):
         head: str,
     ) -> None:
         super().__init__()
-        _expect("head", head, HEADS)
+        check_choice("head", head, HEADS)
         self.channels, self.head, self.pe_channels = channels, head, pe_channels
         self.embedding = TokenEmbedding(in_channels, channels, num_embeddings)
         self.encoding = None if pe_channels is None else nn.Linear(pe_channels, channels)
         self.out = nn.Linear(channels, out_channels)
 
     def read(
-        self, tokens: Tensor, layout: Ragged, state: RecurrentState | None
+        self, tokens: Tensor, layout: Partition, state: RecurrentState | None
     ) -> tuple[Tensor, RecurrentState | None]:
         """Features of each example or token, as the head needs them, and the state after."""
         raise NotImplementedError
@@ -132,7 +91,9 @@ class Baseline(nn.Module):
     ) -> BaselineOutput:
         """The prediction and the state after the last token."""
         self.embedding.check(x)
-        layout = ragged(x, batch, batch_size)
+        if state is not None and batch_size is None:
+            batch_size = state.tensors[0].size(1)
+        layout = Partition.from_ptr(check_batch(x, batch, batch_size))
         features, state = self.read(self._encode(self.embedding(x), pe), layout, state)
         return BaselineOutput(self.out(features), state)
 
@@ -183,33 +144,33 @@ class RecurrentBaseline(Baseline):
     ) -> None:
         super().__init__(in_channels, channels, out_channels, num_embeddings, pe_channels, head)
         cells = {"gru": nn.GRU, "lstm": nn.LSTM}
-        _expect("cell", cell, tuple(cells))
+        check_choice("cell", cell, tuple(cells))
         self.cell = cell
         self.recurrence = cells[cell](channels, channels, batch_first=True)
 
     def read(
-        self, tokens: Tensor, layout: Ragged, state: RecurrentState | None
+        self, tokens: Tensor, layout: Partition, state: RecurrentState | None
     ) -> tuple[Tensor, RecurrentState | None]:
-        shape = (1, len(layout.lengths), self.channels)
+        shape = (1, layout.num_examples, self.channels)
         num_tensors = 2 if self.cell == "lstm" else 1
         before = (tokens.new_zeros(shape),) * num_tensors if state is None else state.tensors
         if any(tensor.shape != shape for tensor in before) or len(before) != num_tensors:
             got = ", ".join(str(tuple(tensor.shape)) for tensor in before)
             raise ValueError(f"state: expected {num_tensors} of shape {shape}; got {got}")
-        if shape[1] == 0:
-            return tokens, RecurrentState(before)
+        if layout.num_rows == 0:
+            return (before[0][0] if self.head == "example" else tokens), RecurrentState(before)
         # An example without tokens is packed as one zero token, whose effect is undone below.
-        lengths = layout.lengths.clamp(min=1).cpu()
+        lengths = layout.ptr.diff()
         packed = pack_padded_sequence(
-            layout.pad(tokens), lengths, batch_first=True, enforce_sorted=False
+            layout.pad(tokens), lengths.clamp(min=1).cpu(), batch_first=True, enforce_sorted=False
         )
         steps, last = self.recurrence(packed, before if self.cell == "lstm" else before[0])
         last = last if isinstance(last, tuple) else (last,)
-        read = (layout.lengths > 0).view(1, -1, 1)
-        after = tuple(torch.where(read, n, o) for n, o in zip(last, before, strict=True))
+        has_read = (lengths > 0).view(1, -1, 1)
+        after = tuple(torch.where(has_read, n, o) for n, o in zip(last, before, strict=True))
         if self.head == "example":
             return after[0][0], RecurrentState(after)
-        hidden, _ = pad_packed_sequence(steps, batch_first=True)
+        hidden, _ = pad_packed_sequence(steps, batch_first=True, total_length=layout.max_count)
         return layout.unpad(hidden), RecurrentState(after)
 
 
@@ -263,35 +224,31 @@ class TransformerBaseline(Baseline):
             )
             for _ in range(num_layers)
         )
+        self.position = SinusoidalPosition(channels)
         self.norm = nn.LayerNorm(channels)
 
     def read(
-        self, tokens: Tensor, layout: Ragged, state: RecurrentState | None
+        self, tokens: Tensor, layout: Partition, state: RecurrentState | None
     ) -> tuple[Tensor, RecurrentState | None]:
-        size = len(layout.lengths)
-        hidden = layout.pad(tokens + sinusoids(layout.position, self.channels).to(tokens.dtype))
-        column = torch.arange(hidden.size(1), device=tokens.device)
+        if layout.num_rows == 0:
+            empty = tokens.new_zeros(layout.num_examples, self.channels)
+            return (empty if self.head == "example" else tokens), None
+        index = torch.arange(layout.num_rows, device=tokens.device) - layout.ptr[layout.batch]
+        hidden = layout.pad(self.position(tokens, index))
         # The first column is never hidden: a softmax over nothing is NaN, and what an example
         # without tokens would read is dropped by `unpad`.
-        hide = column >= layout.lengths.clamp(min=1).unsqueeze(1)
+        is_hidden = ~layout.mask()
+        is_hidden[:, 0] = False
+        column = torch.arange(hidden.size(1), device=tokens.device)
         causal = column > column.unsqueeze(1) if self.head == "next_token" else None
-        for layer in self.layers if size else ():
-            hidden = layer(hidden, src_mask=causal, src_key_padding_mask=hide)
+        for layer in self.layers:
+            hidden = layer(hidden, src_mask=causal, src_key_padding_mask=is_hidden)
         features = self.norm(layout.unpad(hidden))
         if self.head != "example":
             return features, None
-        total = features.new_zeros(size, self.channels).index_add(0, layout.batch, features)
-        return total / layout.lengths.clamp(min=1).unsqueeze(1), None
-
-
-def sinusoids(position: Tensor, channels: int) -> Tensor:
-    """Sines and cosines of `position` at geometric wavelengths from 2 pi to 10,000 * 2 pi."""
-    rate = torch.exp(
-        torch.arange(0, channels, 2, device=position.device, dtype=torch.float)
-        * (-math.log(10_000.0) / channels)
-    )
-    angle = position.unsqueeze(-1) * rate
-    return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2)[..., :channels]
+        total = features.new_zeros(layout.num_examples, self.channels)
+        total = total.index_add(0, layout.batch, features)
+        return total / layout.ptr.diff().clamp(min=1).unsqueeze(1), None
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -324,8 +281,3 @@ def match_parameters(make: Callable[[int], nn.Module], target: int, *, step: int
     if low and target - count(low) <= count(high) - target:
         return low * step
     return high * step
-
-
-def _expect(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(choices)}; got {value!r}")

@@ -128,24 +128,17 @@ def check_input(
             f"x has dtype {x.dtype}, but the machine has {parameter.dtype}; use x.to(...) or "
             f"machine.to(...)"
         )
-    ptr = _check_batch(x, batch, batch_size, state)
     if state is not None:
-        _check_state(machine, state)
+        _check_state(machine, state, batch_size)
+        batch_size = state.num_examples
+    ptr = check_batch(x, batch, batch_size)
     _check_segment_length(machine, segment_length)
     _check_graph_input(machine, x, edge_index, edge_attr, pe)
     return ptr
 
 
-def _check_batch(
-    x: Tensor, batch: Tensor | None, batch_size: int | None, state: MachineState | None
-) -> Tensor:
-    if state is not None:
-        if batch_size not in (None, state.num_examples):
-            raise ValueError(
-                f"batch_size is {batch_size}, but state carries {state.num_examples} examples; "
-                f"carry a state between batches of the same streams only"
-            )
-        batch_size = state.num_examples
+def check_batch(x: Tensor, batch: Tensor | None, batch_size: int | None) -> Tensor:
+    """The examples' ``ptr`` from PyG's ``batch``, or a ``ValueError``."""
     if batch is None:
         if batch_size not in (None, 1):
             raise ValueError(f"{batch_size} examples need batch=, which says whose each token is")
@@ -166,8 +159,13 @@ def _check_batch(
     return ptr_from_batch(batch, batch_size)
 
 
-def _check_state(machine: NeuralStateMachine, state: MachineState) -> None:
+def _check_state(machine: NeuralStateMachine, state: MachineState, batch_size: int | None) -> None:
     slots = machine.manager.slots
+    if batch_size not in (None, state.num_examples):
+        raise ValueError(
+            f"batch_size is {batch_size}, but state carries {state.num_examples} examples; carry "
+            f"a state between batches of the same streams only"
+        )
     if state.states.device != slots.device:
         raise ValueError(
             f"state is on {state.states.device}, but the machine is on {slots.device}; use "

@@ -109,18 +109,22 @@ def test_bad_input_is_named(kind):
     x, batch = batch_of([2, 2])
     with pytest.raises(ValueError, match=r"x must have shape \(tokens, 3\)"):
         model(x[:, :2], batch)
-    with pytest.raises(ValueError, match=r"batch: expected examples in order"):
+    with pytest.raises(ValueError, match=r"batch must be sorted, but goes back 1 times"):
         model(x, batch.flip(0))
-    with pytest.raises(ValueError, match=r"batch: expected one entry per token"):
+    with pytest.raises(
+        ValueError, match=r"batch must have one entry per row of x, 4, but has shape \(3,\)"
+    ):
         model(x, batch[:3])
-    with pytest.raises(ValueError, match=r"batch_size: expected at least 2"):
+    with pytest.raises(ValueError, match=r"batch holds the example 1, but there are 1 examples"):
         model(x, batch, batch_size=1)
 
 
 def test_unknown_options_are_named():
-    with pytest.raises(ValueError, match=r"cell: expected one of gru, lstm; got 'rnn'"):
+    with pytest.raises(ValueError, match=r"cell must be one of 'gru', 'lstm', but is 'rnn'"):
         RecurrentBaseline(1, 8, 2, cell="rnn")
-    with pytest.raises(ValueError, match=r"head: expected one of example, token, next_token"):
+    with pytest.raises(
+        ValueError, match=r"head must be one of 'example', 'token', 'next_token', but is 'graph'"
+    ):
         RecurrentBaseline(1, 8, 2, head="graph")
     with pytest.raises(ValueError, match=r"channels: expected a multiple of heads=4; got 6"):
         TransformerBaseline(1, 6, 2)
