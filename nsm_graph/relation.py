@@ -36,8 +36,8 @@ class Partition:
 
     ptr: Tensor
     num_rows: int
+    min_count: int
     max_count: int
-    is_uniform: bool
     position: Tensor | None  #: ``[num_rows]``, each row's place in the flat padded view
 
     @classmethod
@@ -46,13 +46,13 @@ class Partition:
         counts = ptr.diff()
         num_examples = counts.numel()
         if num_examples == 0:
-            return cls(ptr, 0, 0, True, None)
+            return cls(ptr, 0, 0, 0, None)
         least, most, num_rows = torch.stack([counts.min(), counts.max(), ptr[-1]]).tolist()
         if least == most:
-            return cls(ptr, num_rows, most, True, None)
+            return cls(ptr, num_rows, most, most, None)
         example = torch.repeat_interleave(counts, output_size=num_rows)
         row = torch.arange(num_rows, device=ptr.device)
-        return cls(ptr, num_rows, most, False, row - ptr[example] + example * most)
+        return cls(ptr, num_rows, least, most, row - ptr[example] + example * most)
 
     @classmethod
     def uniform(
@@ -60,11 +60,16 @@ class Partition:
     ) -> Partition:
         """``num_examples`` examples of ``count`` rows each; reads nothing back from the device."""
         ptr = torch.arange(num_examples + 1, device=device) * count
-        return cls(ptr, num_examples * count, count, True, None)
+        return cls(ptr, num_examples * count, count, count, None)
 
     @property
     def num_examples(self) -> int:
         return self.ptr.numel() - 1
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether every example has the same number of rows: then the padded view is a view."""
+        return self.position is None
 
     @property
     def batch(self) -> Tensor:
@@ -93,7 +98,7 @@ class Partition:
     def to(self, device: torch.device | str) -> Partition:
         position = None if self.position is None else self.position.to(device)
         return Partition(
-            self.ptr.to(device), self.num_rows, self.max_count, self.is_uniform, position
+            self.ptr.to(device), self.num_rows, self.min_count, self.max_count, position
         )
 
 

@@ -66,6 +66,7 @@ def test_partition_pads_and_unpads(counts):
     most = max(counts, default=0)
     assert (partition.num_examples, partition.num_rows) == (len(counts), sum(counts))
     assert partition.max_count == most
+    assert partition.min_count == min(counts, default=0)
     assert partition.is_uniform == (len(set(counts)) <= 1)
     assert partition.batch.tolist() == [b for b, count in enumerate(counts) for _ in range(count)]
     assert partition.mask().tolist() == [[i < count for i in range(most)] for count in counts]
@@ -331,7 +332,7 @@ def test_a_subset_keeps_examples():
     ],
 )
 def test_to_another_device(relation):
-    relation.edge_index  # a cached tensor must not stay behind
+    assert relation.edge_index.device.type == "cpu"  # cached, and must not stay behind
     moved = relation.to("meta")
     assert moved.device.type == "meta"
     assert moved.edge_index.device.type == "meta"
@@ -384,7 +385,7 @@ def test_as_relation():
     [
         ([1, 2], [0, 2], r"src_ptr must start at 0 and never decrease, but is \[1, 2\]"),
         ([0, 2], [0, 3, 2], r"dst_ptr must start at 0 .* but is \[0, 3, 2\]; cumulate"),
-        (list(range(9)) + [0], [0], r"but is \[0, 1, 2, 3, 4, 5, 6, 7\]\.\.\.; cumulate"),
+        ([*range(9), 0], [0], r"but is \[0, 1, 2, 3, 4, 5, 6, 7\]\.\.\.; cumulate"),
         ([], [0], r"src_ptr must be an integer vector .* but has shape \(0,\)"),
         ([[0, 1]], [0, 1], r"src_ptr must be .* but has shape \(1, 2\)"),
         ([0.0, 1.0], [0, 1], "src_ptr must be an integer vector .* dtype torch.float32"),
@@ -473,9 +474,9 @@ def test_values_and_relation_must_agree():
 
 def test_sizes_must_agree():
     relation = Relation.complete([0, 12], [0, 2])
-    with pytest.raises(ValueError, match="relation goes from 12 nodes, .* have 10 rows; build"):
+    with pytest.raises(ValueError, match=r"relation goes from 12 nodes, .* have 10 rows; build"):
         check_size(relation, (10, 2))
-    with pytest.raises(ValueError, match="relation goes to 2 nodes, .* have 3 rows; build"):
+    with pytest.raises(ValueError, match=r"relation goes to 2 nodes, .* have 3 rows; build"):
         as_relation(relation, (12, 3))
     with pytest.raises(ValueError, match="names target 1, but there are 1 target nodes"):
         as_relation(torch.tensor([[0], [1]]), (2, 1))

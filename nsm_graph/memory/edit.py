@@ -73,7 +73,7 @@ class NodeEdit:
             )
         if self.weights is not None:
             share = self.weights.masked_fill(self.new_to_old < 0, 0)
-            total = share.view(share.size(0), -1).sum(1)
+            total = share.unsqueeze(1).flatten(1).sum(1)
             if not bool((share >= 0).all() and (self.is_fresh | (total > 0)).all()):
                 raise ValueError(
                     "weights must not be negative, and every row that is not fresh needs a "
@@ -83,7 +83,7 @@ class NodeEdit:
     @property
     def is_fresh(self) -> Tensor:
         """``[N_new]``, true for rows that come from nowhere."""
-        return self.new_to_old.view(self.new_to_old.size(0), -1).lt(0).all(1)
+        return self.new_to_old.unsqueeze(1).flatten(1).lt(0).all(1)
 
     @property
     def fresh_slots(self) -> Tensor:
@@ -113,7 +113,7 @@ class NodeEdit:
         return out.movedim(0, dim)
 
     def _mix(self, rows: Tensor) -> Tensor:
-        old = self.new_to_old.view(self.new_to_old.size(0), -1)
+        old = self.new_to_old.unsqueeze(1).flatten(1)
         share = (old >= 0).to(rows.dtype) if self.weights is None else self.weights.view_as(old)
         share = share.masked_fill(old < 0, 0.0).to(rows)
         share = share / share.sum(1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny)

@@ -194,8 +194,9 @@ class StateMachineCell(nn.Module):
                 relative = self.relative(place)[relation.edge_index[0]]
                 bias = relative if bias is None else bias + relative
         scan = None if self.scan is None else self.scan.hoist(x)
-        # Every group of a uniform relation has tokens; elsewhere a state may go without an edge.
-        mask = None if relation.is_uniform and relation.num_edges > 0 else relation.has_in_edge
+        mask = None
+        if not (relation.is_complete and relation.sources.min_count > 0):
+            mask = relation.has_in_edge  # an empty graph, or a state that top_k left out
         inputs = SegmentInputs(relation, routed, key, value, bias, scan, mask, None, None)
         return inputs, weights
 
@@ -214,8 +215,12 @@ class StateMachineCell(nn.Module):
             relations = _split_relation(inputs.relation, [step.relation for step in steps])
         num_edges = [relation.num_edges for relation in relations]
 
+        # A compiled cell would look at where a view lies in its base, and compile again for that.
+        is_compiled = self._compiled_call_impl is not None
+        split = torch.split_with_sizes_copy if is_compiled else torch.split_with_sizes
+
         def cut(rows: Tensor | None, sizes: list[int]) -> list[Tensor] | list[None]:
-            return [None] * len(steps) if rows is None else list(rows.split(sizes))
+            return [None] * len(steps) if rows is None else list(split(rows, sizes))
 
         return [
             SegmentInputs(relation, routed, key, value, bias, scan, mask, None, None)

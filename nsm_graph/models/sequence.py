@@ -76,7 +76,9 @@ def _reorder(rows: Tensor, order: Tensor, num_states: int) -> Tensor:
     """Puts the examples of ``[B N, C]`` into another order."""
     if order.numel() <= 1:
         return rows
-    return rows.unflatten(0, (-1, num_states))[order].flatten(0, 1)
+    # One gather of rows: the result is no view, whose base a compiled cell would look at, too.
+    within = torch.arange(num_states, device=order.device)
+    return rows[(order.unsqueeze(1) * num_states + within).flatten()]
 
 
 def _fill(

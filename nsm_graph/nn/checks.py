@@ -7,7 +7,8 @@ from torch import Tensor
 
 def check_features(x: Tensor, channels: int, name: str) -> None:
     """Raises unless ``x`` is floating point of shape ``(nodes, channels)``; -1 = any width."""
-    if not isinstance(x, Tensor) or x.dim() != 2 or channels not in (-1, x.size(1)):
+    # Two comparisons: a compiled layer cannot look for a number among symbolic sizes.
+    if not isinstance(x, Tensor) or x.dim() != 2 or (channels != -1 and x.size(1) != channels):
         width = "channels" if channels == -1 else channels
         got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"{name} must have shape (nodes, {width}), but got {got}")

@@ -33,13 +33,10 @@ def choose_backend(
         return BackendChoice("reference", "general edges")
     if relation.is_uniform:
         return BackendChoice("dense", "complete and uniform: one dense block per example")
+    # Texts are constant here: formatting a symbolic number would break a compiled caller.
     if relation.fill >= MIN_DENSE_FILL:
-        return BackendChoice(
-            "dense", f"complete and ragged, {relation.fill:.0%} of the padding full"
-        )
-    return BackendChoice(
-        "reference", f"complete and ragged, only {relation.fill:.0%} of the padding full"
-    )
+        return BackendChoice("dense", "complete and ragged, enough of the padding full")
+    return BackendChoice("reference", "complete and ragged, too little of the padding full")
 
 
 def explain(relation: Relation, dtype: torch.dtype = torch.float32) -> BackendChoice:
@@ -49,7 +46,10 @@ def explain(relation: Relation, dtype: torch.dtype = torch.float32) -> BackendCh
         >>> explain(Relation.complete([0, 4, 8], [0, 2, 4])).name
         'dense'
     """
-    return choose_backend(relation, dtype)
+    name, reason = choose_backend(relation, dtype)
+    if reason.startswith("complete and ragged"):
+        reason += f" ({relation.fill:.0%} full)"
+    return BackendChoice(name, reason)
 
 
 def available_backends() -> list[tuple[str, bool, str]]:

@@ -123,7 +123,10 @@ BAD = [
     (lambda a, x, s: a((x, s[:2]), R), "relation goes to 3 nodes, but their features have 2"),
     (lambda a, x, s: a((x, s), R, bias=torch.zeros(4)), r"bias must have shape \(15,\)"),
     (lambda a, x, s: a((x, s), R.to("meta")), "relation is on meta, but query is on cpu"),
-    (lambda a, x, s: a((x, s), torch.tensor([[5], [0]])), "names a node outside the 5 source and 3"),
+    (
+        lambda a, x, s: a((x, s), torch.tensor([[5], [0]])),
+        "names a node outside the 5 source and 3",
+    ),
     (lambda a, x, s: a((x, s), torch.tensor([[0], [3]])), "names a node outside"),
     (lambda a, x, s: a((x, s), torch.tensor([[-1], [0]])), "outside|negative"),
 ]

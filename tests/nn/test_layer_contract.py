@@ -147,7 +147,8 @@ def test_copies_give_the_same_result(case, copied):
     layer, arguments = case.make(), case.arguments(5, 3, complete)
     if copied == "state_dict":
         twin = case.make()
-        assert any(not torch.equal(a, b) for a, b in zip(layer.parameters(), twin.parameters()))
+        pairs = zip(layer.parameters(), twin.parameters(), strict=True)
+        assert any(not torch.equal(a, b) for a, b in pairs)
         twin.load_state_dict(layer.state_dict())
     elif copied == "deepcopy":
         twin = copy.deepcopy(layer)
@@ -273,8 +274,9 @@ def test_lazy_sizes_come_from_the_first_call(name, make, case, kind):
     torch.testing.assert_close(sized(*arguments), out)
     assert copy.deepcopy(layer)(*arguments).shape == out.shape
     wide = torch.randn(10, 9)
+    pair = (arguments[0][0], wide) if name == "readout" else (wide, arguments[0][1])
     with pytest.raises((ValueError, RuntimeError)):
-        layer((wide, arguments[0][1]) if name != "readout" else (arguments[0][0], wide), arguments[1])
+        layer(pair, arguments[1])
 
 
 # Explainers ###################################################################

@@ -179,7 +179,7 @@ def test_hooks_see_the_messages_and_change_nothing():
 BAD = [
     (lambda r, x: r(x[:, :3], Relation.complete([0, 5], [0, 3])), r"x must have shape \(nodes, 4"),
     (lambda r, x: r(x.long(), Relation.complete([0, 5], [0, 3])), "must be floating point"),
-    (lambda r, x: r(x, Relation.complete([0, 4], [0, 3])), "relation goes from 4 tokens, but x has"),
+    (lambda r, x: r(x, Relation.complete([0, 4], [0, 3])), "relation goes from 4 tokens, but x"),
     (lambda r, x: r(x, Relation.complete([0, 5], [0, 2])), "does not give every example 3 states"),
     (lambda r, x: r(x, torch.zeros(2, 1).long()), "edge_index alone does not say how many states"),
     (lambda r, x: r(x, torch.tensor([[5], [0]]), size=(5, 3)), "names source 5"),

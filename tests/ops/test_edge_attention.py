@@ -1,4 +1,4 @@
-"""Edge attention: one contract that every backend keeps, against an oracle on incidence matrices."""
+"""Edge attention: one contract for every backend, against an oracle on incidence matrices."""
 
 import math
 
@@ -103,7 +103,7 @@ def oracle_weights(q, k, edge_index, bias, normalise, scale):
     k_edge = torch.einsum("em,mhd->ehd", leaves, k)
     scores = scale * torch.einsum("ehd,ehd->eh", q_edge, k_edge)
     if bias is not None:
-        scores = scores + bias.reshape(bias.size(0), -1)
+        scores = scores + (bias.unsqueeze(1) if bias.dim() == 1 else bias)
     group = enters if normalise == "target" else leaves
     highest = torch.zeros(group.size(1), q.size(1), dtype=q.dtype)
     for g in range(group.size(1)):
@@ -502,7 +502,10 @@ def arguments(**changes):
         ({"bias": torch.zeros(10, 2)}, r"\(10, 3\), but has \(10, 2\)"),
         ({"bias": torch.zeros(10, 3, 1)}, "bias must have shape"),
         ({"bias": torch.zeros(10, dtype=torch.bool)}, "bias must be floating point .* torch.bool"),
-        ({"bias": torch.zeros(10, device="meta")}, "bias must be floating point on cpu .* on meta"),
+        (
+            {"bias": torch.zeros(10, device="meta")},
+            "bias must be floating point on cpu, .* on meta",
+        ),
         ({"backend": "fast"}, "backend must be one of .*'reference'.* but is 'fast'"),
     ],
 )
@@ -513,7 +516,7 @@ def test_wrong_arguments(changes, message):
 
 def test_integers_and_zero_channels_are_refused():
     whole = {name: arguments()[name].long() for name in ("query", "key", "value")}
-    with pytest.raises(ValueError, match="must be floating point, but are torch.int64"):
+    with pytest.raises(ValueError, match=r"must be floating point, but are torch\.int64"):
         edge_attention(**arguments(**whole))
     flat = {name: arguments()[name][..., :0] for name in ("query", "key", "value")}
     with pytest.raises(ValueError, match="has no channels"):

@@ -1,0 +1,75 @@
+"""The table of backends: which one serves a call, and why."""
+
+import pytest
+import torch
+
+from nsm_graph.ops import available_backends, backend, edge_attention, explain
+from nsm_graph.ops.backend import choose_backend
+from nsm_graph.relation import Relation
+
+GENERAL = Relation.from_edge_index(torch.tensor([[0], [0]]))
+UNIFORM = Relation.complete([0, 3, 6], [0, 2, 4])
+HALF_FULL = Relation.complete([0, 4, 4], [0, 2, 4])
+MOSTLY_EMPTY = Relation.complete([0, 4, 4, 4], [0, 2, 4, 6])
+
+
+@pytest.mark.parametrize(
+    ("relation", "dtype", "name", "reason"),
+    [
+        (UNIFORM, torch.float64, "reference", "float64"),
+        (GENERAL, torch.float32, "reference", "general edges"),
+        (UNIFORM, torch.float32, "dense", "uniform"),
+        (UNIFORM, torch.bfloat16, "dense", "uniform"),
+        (HALF_FULL, torch.float32, "dense", "enough of the padding full (50% full)"),
+        (MOSTLY_EMPTY, torch.float32, "reference", "too little of the padding full (33% full)"),
+        (Relation.complete([0], [0]), torch.float32, "dense", "uniform"),
+    ],
+)
+def test_explain(relation, dtype, name, reason):
+    choice = explain(relation, dtype)
+    assert choice.name == name
+    assert reason in choice.reason
+
+
+def test_a_forced_backend_is_used_whatever_the_table_says():
+    choice = choose_backend(MOSTLY_EMPTY, torch.float64, forced="dense")
+    assert choice == ("dense", "forced by backend=")
+    assert choose_backend(UNIFORM, torch.float32, forced="reference").name == "reference"
+
+
+@pytest.mark.parametrize(("relation", "used"), [(UNIFORM, "dense"), (GENERAL, "reference")])
+def test_the_operation_runs_what_explain_says(monkeypatch, relation, used):
+    calls = []
+    for name in ("dense", "reference"):
+        monkeypatch.setitem(
+            edge_attention.__globals__["BACKENDS"],
+            name,
+            lambda *args, name=name, **options: calls.append(name),
+        )
+    q, k = torch.zeros(relation.num_dst, 1, 1), torch.zeros(relation.num_src, 1, 1)
+    edge_attention(q, k, k, relation)
+    assert calls == [used] == [explain(relation).name]
+
+
+def test_available_backends_say_what_they_need(monkeypatch):
+    monkeypatch.setattr(backend, "HAS_TORCH_SCATTER", False)
+    table = {name: (is_available, why) for name, is_available, why in available_backends()}
+    assert table["reference"][0]
+    assert table["dense"][0]
+    is_available, why = table["segment_csr"]
+    assert not is_available
+    assert "pip install --no-build-isolation torch-scatter" in why
+    monkeypatch.setattr(backend, "HAS_TORCH_SCATTER", True)
+    assert ("segment_csr", True, "torch-scatter is installed; only where forced") in (
+        available_backends()
+    )
+
+
+def test_forcing_what_cannot_serve(monkeypatch):
+    with pytest.raises(ValueError, match=r"must be one of .* or None, but is 'quick'"):
+        choose_backend(UNIFORM, torch.float32, forced="quick")
+    with pytest.raises(ValueError, match='"dense" needs a complete relation'):
+        choose_backend(GENERAL, torch.float32, forced="dense")
+    monkeypatch.setattr(backend, "HAS_TORCH_SCATTER", False)
+    with pytest.raises(ValueError, match="'segment_csr' is not available: needs torch-scatter"):
+        choose_backend(UNIFORM, torch.float32, forced="segment_csr")
