@@ -189,21 +189,20 @@ class TokenToStateRouter(MessagePassing):
     def logits(
         self, x: Tensor, importance: Tensor | None = None, slots: Tensor | None = None
     ) -> Tensor:
-        """The logit table ``[T, K, H]`` of all slots, or of the K ``slots`` named."""
-        if slots is None:
-            table = self.lin_logits(x).unflatten(-1, (self.num_states, self.heads))
-        else:
-            if self.lin_logits.in_channels < 0:
-                self.lin_logits(x[:0])  # sizes its lazy weight
-            shape = (self.num_states, self.heads)
-            weight = self.lin_logits.weight.unflatten(0, shape)[slots]
-            bias = self.lin_logits.bias.unflatten(0, shape)[slots]
-            table = F.linear(x, weight.flatten(0, 1), bias.flatten())
-            table = table.unflatten(-1, (-1, self.heads))
+        """The logit table ``[T, H, K]`` of all slots, or of the K ``slots`` named."""
+        if self.lin_logits.in_channels < 0:
+            self.lin_logits(x[:0])  # sizes its lazy weight
+        # The weight is turned, not the table: a softmax over the last dimension is the fast one.
+        shape = (self.num_states, self.heads)
+        weight = self.lin_logits.weight.unflatten(0, shape).transpose(0, 1)
+        bias = self.lin_logits.bias.unflatten(0, shape).transpose(0, 1)
+        if slots is not None:
+            weight, bias = weight[:, slots], bias[:, slots]
+        table = F.linear(x, weight.flatten(0, 1), bias.flatten())
+        table = table.unflatten(-1, (self.heads, weight.size(1)))
         if importance is None:
             return table
-        importance = importance if slots is None else importance[slots]
-        return table + F.logsigmoid(importance).unsqueeze(-1)
+        return table + F.logsigmoid(importance if slots is None else importance[slots])
 
     def route(
         self, x: Tensor, logits: Tensor, relation: Relation, slots: Tensor | None = None
@@ -228,8 +227,8 @@ class TokenToStateRouter(MessagePassing):
         """The same edge by edge through ``propagate``, for hooks and explainers."""
         src, dst = relation.edge_index
         if slots is None:
-            slots = torch.arange(relation.num_dst, device=x.device) % logits.size(1)
-        scores = logits[src, slots[dst]]
+            slots = torch.arange(relation.num_dst, device=x.device) % logits.size(2)
+        scores = logits[src, :, slots[dst]]
         weights = group_softmax(scores, src, relation.num_src).mean(1)
         if self.top_k is not None:
             relation, weights = keep_top_k(relation, weights, self.top_k)

@@ -27,12 +27,12 @@ def route(
     r"""Routes tokens to states.
 
     .. math::
-        w_{e,h} = \mathrm{softmax}_{e' \text{ leaving } i}\; z_{i,c(j),h}, \qquad
+        w_{e,h} = \mathrm{softmax}_{e' \text{ leaving } i}\; z_{i,h,c(j)}, \qquad
         w_e = \tfrac{1}{H} \textstyle\sum_h w_{e,h}, \qquad
         r_j = \sum_{e: i \to j} w_e \, x_i
 
     Args:
-        logits: The table z: one logit per token, column and head.
+        logits: The table z: one logit per token, head and column.
         x: The tokens.
         relation: From tokens to states.
         column: Which column of the table each state reads; ``None`` if the i-th state of every
@@ -40,7 +40,7 @@ def route(
         backend: ``"reference"``, ``"dense"`` or ``None`` to choose. (default: :obj:`None`)
 
     Shapes:
-        - **input:** logits :math:`(T, K, H)`, x :math:`(T, C)`, column :math:`(N,)`
+        - **input:** logits :math:`(T, H, K)`, x :math:`(T, C)`, column :math:`(N,)`
         - **output:** routed :math:`(N, C)`, weights :math:`(E,)` in edge order
 
     Raises:
@@ -63,9 +63,9 @@ def route(
         raise ValueError(f"x must have shape (tokens, channels), but has {tuple(x.shape)}")
     if logits.dim() != 3 or logits.size(0) != x.size(0):
         raise ValueError(
-            f"logits must have shape ({x.size(0)}, columns, heads), but has {tuple(logits.shape)}"
+            f"logits must have shape ({x.size(0)}, heads, columns), but has {tuple(logits.shape)}"
         )
-    num_columns = logits.size(1)
+    num_columns = logits.size(2)
     check_size(relation, (x.size(0), relation.num_dst))
     if column is not None and column.shape != (relation.num_dst,):
         raise ValueError(

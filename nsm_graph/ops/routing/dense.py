@@ -13,7 +13,7 @@ from nsm_graph.relation import Relation
 
 
 def route(
-    logits_TKH: Tensor, x_TC: Tensor, relation: Relation, column_N: Tensor | None
+    logits_THK: Tensor, x_TC: Tensor, relation: Relation, column_N: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Routed sums ``[N, C]`` and head-averaged weights ``[E]``."""
     sources, targets = relation.sources, relation.targets
@@ -21,20 +21,20 @@ def route(
     assert targets is not None
     if relation.num_edges == 0:
         # Zero, yet connected to both inputs (and to no value of them).
-        empty = logits_TKH[:0].sum() + x_TC[:0].sum()
+        empty = logits_THK[:0].sum() + x_TC[:0].sum()
         return x_TC.new_zeros(relation.num_dst, x_TC.size(1)) + empty, x_TC.new_zeros(0) + empty
-    logits_BLKH = sources.pad(logits_TKH)
-    scores_BLnH = logits_BLKH
+    logits_BLHK = sources.pad(logits_THK)
+    scores_BLHn = logits_BLHK
     if column_N is not None:
-        column_B1n1 = targets.pad(column_N)[:, None, :, None]
-        shape = (-1, logits_BLKH.size(1), -1, logits_BLKH.size(3))
-        scores_BLnH = logits_BLKH.gather(2, column_B1n1.expand(shape))
+        column_B11n = targets.pad(column_N)[:, None, None, :]
+        shape = (-1, logits_BLHK.size(1), logits_BLHK.size(2), -1)
+        scores_BLHn = logits_BLHK.gather(3, column_B11n.expand(shape))
     if not targets.is_uniform:
         is_padding_Bn = ~targets.mask()
         # An example without states has nothing to normalise over; its row is dropped by unpad.
         is_padding_Bn = is_padding_Bn & targets.mask().any(-1, keepdim=True)
-        scores_BLnH = scores_BLnH.masked_fill(is_padding_Bn[:, None, :, None], -torch.inf)
-    weights_BLn = scores_BLnH.softmax(2).mean(3)
+        scores_BLHn = scores_BLHn.masked_fill(is_padding_Bn[:, None, None, :], -torch.inf)
+    weights_BLn = scores_BLHn.softmax(3).mean(2)
     routed_BnC = weights_BLn.transpose(1, 2) @ sources.pad(x_TC)
     weights_E = relation.from_dense(weights_BLn.transpose(1, 2))
     return targets.unpad(routed_BnC), weights_E

@@ -1,6 +1,6 @@
 """Routing by gather, softmax and scatter over edges: the definition.
 
-Legend: T tokens, N states, K columns of the logit table, E edges, H heads, C channels.
+Legend: T tokens, N states, H heads, K columns of the logit table, E edges, C channels.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from nsm_graph.relation import Relation
 
 
 def route(
-    logits_TKH: Tensor, x_TC: Tensor, relation: Relation, column_N: Tensor | None
+    logits_THK: Tensor, x_TC: Tensor, relation: Relation, column_N: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Routed sums ``[N, C]`` and head-averaged weights ``[E]``."""
     src, dst = relation.edge_index
     if column_N is None:
-        column_N = torch.arange(relation.num_dst, device=src.device) % logits_TKH.size(1)
-    scores_EH = logits_TKH[src, column_N[dst]]
+        column_N = torch.arange(relation.num_dst, device=src.device) % logits_THK.size(2)
+    scores_EH = logits_THK[src, :, column_N[dst]]
     weights_E = group_softmax(scores_EH, src, relation.num_src).mean(1)
     return group_sum(x_TC[src] * weights_E.unsqueeze(1), dst, relation.num_dst), weights_E
