@@ -35,7 +35,7 @@ def complete(name):
 def table(relation, columns=COLUMNS, dtype=torch.float64):
     generator = torch.Generator().manual_seed(1)
     options = {"generator": generator, "dtype": torch.float64}
-    logits = torch.randn(relation.num_src, columns, HEADS, **options)
+    logits = torch.randn(relation.num_src, HEADS, columns, **options)
     x = torch.randn(relation.num_src, CHANNELS, **options)
     return logits.to(dtype).requires_grad_(), x.to(dtype).requires_grad_()
 
@@ -53,11 +53,11 @@ def oracle(logits, x, edge_index, num_dst, column):
     for token in {src for src, _ in edges}:
         leaving = [e for e, (src, _) in enumerate(edges) if src == token]
         total = 0
-        for h in range(logits.size(2)):
-            scores = torch.stack([logits[token, column[edges[e][1]], h] for e in leaving])
+        for h in range(logits.size(1)):
+            scores = torch.stack([logits[token, h, column[edges[e][1]]] for e in leaving])
             powers = torch.exp(scores - scores.detach().max())
             total = total + powers / powers.sum()
-        for e, weight in zip(leaving, total / logits.size(2), strict=True):
+        for e, weight in zip(leaving, total / logits.size(1), strict=True):
             weights[e] = weight
             routed[edges[e][1]] = routed[edges[e][1]] + weight * x[token]
     rows = torch.stack(routed) if routed else x[:0]
@@ -230,13 +230,13 @@ def test_dense_equals_the_reference_for_any_counts(counts):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"logits": torch.zeros(5, 4)}, r"logits must have shape \(5, columns, heads\)"),
-        ({"logits": torch.zeros(4, 3, 2)}, r"shape \(5, columns, heads\), but has \(4, 3, 2\)"),
+        ({"logits": torch.zeros(5, 4)}, r"logits must have shape \(5, heads, columns\)"),
+        ({"logits": torch.zeros(4, 2, 3)}, r"shape \(5, heads, columns\), but has \(4, 2, 3\)"),
         ({"x": torch.zeros(5)}, r"x must have shape \(tokens, channels\), but has \(5,\)"),
-        ({"logits": torch.zeros(5, 4, 2)}, r"does not give every example 4 states, .* column="),
+        ({"logits": torch.zeros(5, 2, 4)}, r"does not give every example 4 states, .* column="),
         ({"column": torch.zeros(4).long()}, r"each of the 3 states, but has shape \(4,\)"),
         (
-            {"x": torch.zeros(6, 2), "logits": torch.zeros(6, 3, 2)},
+            {"x": torch.zeros(6, 2), "logits": torch.zeros(6, 2, 3)},
             "relation goes from 5 nodes, .* 6 rows",
         ),
         ({"backend": "segment_csr"}, r"backend of routing must be one of \['dense', 'reference'\]"),
@@ -259,7 +259,7 @@ def test_dense_equals_the_reference_for_any_counts(counts):
 )
 def test_wrong_arguments(changes, message):
     given_arguments = {
-        "logits": torch.zeros(5, 3, 2),
+        "logits": torch.zeros(5, 2, 3),
         "x": torch.zeros(5, 2),
         "relation": Relation.complete([0, 5], [0, 3]),
     }
