@@ -10,7 +10,6 @@ which example, as in PyG.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -132,7 +131,10 @@ class Relation:
         self.sources = sources
         self.targets = targets
         self.is_complete = edge_index is None
-        self.num_edges = int(edge_index.size(1)) if edge_index is not None else int(num_edges or 0)
+        self.num_edges = (num_edges or 0) if edge_index is None else edge_index.size(1)
+        self._csr: CompressedEdges | None = None
+        self._csc: CompressedEdges | None = None
+        self._positions: Tensor | None = None
 
     # Constructors ###############################################################
 
@@ -171,8 +173,11 @@ class Relation:
                 f"sources have {sources.num_examples} examples, but targets have "
                 f"{targets.num_examples}; build both from the same batch"
             )
-        if sources.is_uniform and targets.is_uniform:
+        # One uniform side suffices to count without reading anything back from the device.
+        if targets.is_uniform:
             num_edges = sources.num_rows * targets.max_count
+        elif sources.is_uniform:
+            num_edges = targets.num_rows * sources.max_count
         else:
             num_edges = int((sources.ptr.diff() * targets.ptr.diff()).sum())
         return cls(None, (sources.num_rows, targets.num_rows), sources, targets, num_edges)
@@ -208,6 +213,8 @@ class Relation:
                 f"edge_index must hold integers, but has dtype {edge_index.dtype}; use .long()"
             )
         edge_index = edge_index.long()
+        if size is not None and torch.compiler.is_compiling():
+            return cls(edge_index, size)  # checks that read values happen in eager mode only
         is_empty = edge_index.size(1) == 0
         most = [-1, -1] if is_empty else edge_index.amax(dim=1).tolist()
         least = 0 if is_empty else int(edge_index.min())
@@ -261,11 +268,41 @@ class Relation:
         dense = num_examples * rows * columns
         return self.num_edges / dense if dense > 0 else 1.0
 
-    @cached_property
+    # Made when first asked for. Not functools.cached_property: its lock breaks a compiled graph.
+
+    @property
     def edge_index(self) -> Tensor:
         """``[2, E]``, int64, in the relation's own order."""
-        if self._edge_index is not None:
-            return self._edge_index
+        if self._edge_index is None:
+            self._edge_index = self._implied_edges()
+        return self._edge_index
+
+    @property
+    def csr(self) -> CompressedEdges:
+        """Edges grouped by target; ``index`` holds their sources."""
+        if self._csr is None:
+            src, dst = self.edge_index
+            self._csr = _compress(dst, src, self.num_dst, self.num_src)
+        return self._csr
+
+    @property
+    def csc(self) -> CompressedEdges:
+        """Edges grouped by source; ``index`` holds their targets."""
+        if self._csc is None:
+            src, dst = self.edge_index
+            self._csc = _compress(src, dst, self.num_src, self.num_dst)
+        return self._csc
+
+    @property
+    def has_in_edge(self) -> Tensor:
+        """``[N]``, true for targets that at least one edge enters."""
+        if self.is_complete and self.sources is not None and self.targets is not None:
+            return (self.sources.ptr.diff() > 0)[self.targets.batch]
+        mask = torch.zeros(self.num_dst, dtype=torch.bool, device=self.device)
+        mask[self.edge_index[1]] = True
+        return mask
+
+    def _implied_edges(self) -> Tensor:
         assert self.sources is not None
         assert self.targets is not None
         # Target-major: each target repeats the sources of its example.
@@ -276,25 +313,6 @@ class Relation:
         first_edge = degree.cumsum(0) - degree
         within = torch.arange(self.num_edges, device=self.device) - first_edge[target]
         return torch.stack([self.sources.ptr[example_of_target[target]] + within, target])
-
-    @cached_property
-    def csr(self) -> CompressedEdges:
-        """Edges grouped by target; ``index`` holds their sources."""
-        return _compress(self.edge_index[1], self.edge_index[0], self.num_dst, self.num_src)
-
-    @cached_property
-    def csc(self) -> CompressedEdges:
-        """Edges grouped by source; ``index`` holds their targets."""
-        return _compress(self.edge_index[0], self.edge_index[1], self.num_src, self.num_dst)
-
-    @cached_property
-    def has_in_edge(self) -> Tensor:
-        """``[N]``, true for targets that at least one edge enters."""
-        if self.is_complete and self.sources is not None and self.targets is not None:
-            return (self.sources.ptr.diff() > 0)[self.targets.batch]
-        mask = torch.zeros(self.num_dst, dtype=torch.bool, device=self.device)
-        mask[self.edge_index[1]] = True
-        return mask
 
     # Changes ####################################################################
 
@@ -315,7 +333,7 @@ class Relation:
 
     def to(self, device: torch.device | str) -> Relation:
         """The relation on another device."""
-        edge_index = None if self._edge_index is None else self._edge_index.to(device)
+        edge_index = None if self.is_complete else self.edge_index.to(device)
         sources = None if self.sources is None else self.sources.to(device)
         if self.targets is self.sources:
             targets = sources
@@ -361,9 +379,14 @@ class Relation:
             return 1, self.num_dst, self.num_src
         return self.num_examples, self.targets.max_count, self.sources.max_count
 
-    @cached_property
+    @property
     def _dense_position(self) -> Tensor:
         """Place of each edge in the flattened dense view."""
+        if self._positions is None:
+            self._positions = self._place_edges()
+        return self._positions
+
+    def _place_edges(self) -> Tensor:
         src, dst = self.edge_index
         if self.sources is None or self.targets is None:
             return dst * self.num_src + src

@@ -118,6 +118,9 @@ class StateMachineCell(nn.Module):
             )
         if top_k is not None and mix == "attention":
             raise ValueError('top_k acts in the router, but mix="attention" has none')
+        if mix == "routing" and (position in ("rotary", "relative") or separate_values):
+            given = "separate_values" if separate_values else f"position={position!r}"
+            raise ValueError(f'{given} acts in the attention, but mix="routing" has none')
         self.mix = mix
         self.topology = communication
         self.scan = scan

@@ -76,14 +76,7 @@ class TokenEmbedding(nn.Module):
                     f"{self.name} must be floating point, but has dtype {x.dtype}; use .float(), "
                     f"or num_embeddings= for symbols"
                 )
-            # One sum tells: it is NaN or infinite if any entry is (or if the data overflow).
-            if x.numel() > 0 and not bool(torch.isfinite(x.sum())):
-                is_bad = ~torch.isfinite(x)
-                if bool(is_bad.any()):
-                    row = int(is_bad.any(1).nonzero()[0])
-                    raise ValueError(
-                        f"{self.name} holds NaN or infinity, first in row {row}; clean the data"
-                    )
+            check_finite(x, self.name)
             return
         columns = len(self.tables)
         shapes = f"(tokens, {columns})" + (" or (tokens,)" if columns == 1 else "")
@@ -103,3 +96,13 @@ class TokenEmbedding(nn.Module):
                     f"num_embeddings is {table.num_embeddings}; symbols go from 0 to "
                     f"{table.num_embeddings - 1}"
                 )
+
+
+def check_finite(x: Tensor, name: str) -> None:
+    """Raises if any entry is NaN or infinite."""
+    # One sum tells: it is NaN or infinite if any entry is (or if finite data overflow).
+    if x.numel() > 0 and not bool(torch.isfinite(x.sum())):
+        is_bad = ~torch.isfinite(x)
+        if bool(is_bad.any()):
+            row = int(is_bad.flatten(1).any(1).nonzero()[0])
+            raise ValueError(f"{name} holds NaN or infinity, first in row {row}; clean the data")

@@ -30,10 +30,16 @@ def read(machine: NeuralStateMachine, data: HeteroData) -> HeteroData:
         )
     token = data["token"]
     edge_index = edge_attr = None
-    for edge_type in data.edge_types:
-        if edge_type[0] == edge_type[2] == "token":
-            edge_index = data[edge_type].edge_index
-            edge_attr = data[edge_type].get("edge_attr")
+    # A machine that reads sequences has no use for edges among tokens.
+    among = [edge for edge in data.edge_types if edge[0] == edge[2] == "token"]
+    if machine.segment_length is None and among:
+        if len(among) > 1:
+            raise ValueError(
+                f"expected one edge type among tokens, but data has {among}; keep the one that the "
+                f"convolution shall read"
+            )
+        edge_index = data[among[0]].edge_index
+        edge_attr = data[among[0]].get("edge_attr")
     batch = token.get("batch")
     result = machine.run(
         token.x,

@@ -19,7 +19,7 @@ from nsm_graph.models.segments import SegmentPlan, plan_segments
 from nsm_graph.models.sequence import read_sequence
 from nsm_graph.models.state import MachineOutput, MachineState, Reading, Record
 from nsm_graph.nn import GraphPosition, LearnedPosition, SinusoidalPosition
-from nsm_graph.relation import Partition
+from nsm_graph.relation import Partition, Relation
 from nsm_graph.topology import Topology, complete
 
 
@@ -191,6 +191,9 @@ class NeuralStateMachine(nn.Module):
             separate_values=separate_values,
             scan=scan,
         )
+        if mix == "attention":
+            # Importance acts in the router's logits, and there is no router.
+            self.manager.importance.requires_grad_(False)
         self.passes: GraphPasses | None = None
         if conv is not None:
             self.passes = GraphPasses(
@@ -308,8 +311,7 @@ class NeuralStateMachine(nn.Module):
                 record=notes,
             )
         if self.training and reading.weights is not None:
-            mass = routing_mass(reading.weights, reading.routes)
-            self.manager.update_importance(mass)
+            self._observe(reading.weights, reading.routes)
         out, tokens = self._predict(reading)
         return MachineOutput(out, tokens, reading.state, notes)
 
@@ -334,6 +336,15 @@ class NeuralStateMachine(nn.Module):
             example = Partition.from_ptr(ptr).batch[plan.token_order]
             return self.position(tokens, plan.index + state.num_tokens[example])
         return tokens
+
+    def _observe(self, weights: Tensor, routes: Relation) -> None:
+        """Feeds the routing mass into the moving average; examples without tokens say nothing."""
+        mass, slots = routing_mass(weights, routes), self.manager.slots
+        slots = slots.repeat(mass.numel() // slots.numel())
+        if routes.sources.min_count == 0:
+            has_tokens = (routes.sources.ptr.diff() > 0)[routes.targets.batch]
+            mass, slots = mass[has_tokens], slots[has_tokens]
+        self.manager.update_importance(mass, slots)
 
     def _predict(self, reading: Reading) -> tuple[Tensor, Tensor | None]:
         state = reading.state

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from nsm_graph.models.embedding import check_finite
 from nsm_graph.models.heads import HEADS
 from nsm_graph.models.state import MachineState
 from nsm_graph.nn import LearnedPosition
@@ -68,7 +69,14 @@ def check_options(
         if conv is None and (edge_embeddings or edge_channels):
             raise ValueError("edge_embeddings and edge_channels are for conv=, which is None")
         return
-    for name, value in (("num_steps", num_steps), ("conv", conv), ("pe_channels", pe_channels)):
+    for_graphs = {
+        "num_steps": num_steps,
+        "conv": conv,
+        "pe_channels": pe_channels,
+        "edge_embeddings": edge_embeddings,
+        "edge_channels": edge_channels,
+    }
+    for name, value in for_graphs.items():
         if value is not None:
             raise ValueError(
                 f"{name} is for graphs, but segment_length={segment_length} asks for sequences; "
@@ -171,6 +179,13 @@ def _check_state(machine: NeuralStateMachine, state: MachineState, batch_size: i
             f"state is on {state.states.device}, but the machine is on {slots.device}; use "
             f"state.to(...)"
         )
+    if state.states.dtype != machine.manager.bank.dtype and not torch.is_autocast_enabled(
+        state.states.device.type
+    ):
+        raise ValueError(
+            f"state has dtype {state.states.dtype}, but the machine has "
+            f"{machine.manager.bank.dtype}; carry it in the machine's precision"
+        )
     if not torch.equal(state.slots, slots):
         raise ValueError(
             f"state was carried from slots {state.slots.tolist()}, but now {slots.tolist()} are "
@@ -218,6 +233,8 @@ def _check_graph_input(
     if (machine.graph_position is None) != (pe is None):
         needed = "needs" if pe is None else "was not built for"
         raise ValueError(f"the machine {needed} pe; pe_channels in the constructor decides")
+    if pe is not None:
+        check_finite(pe, "pe")
     if machine.passes is not None and edge_index is None:
         raise ValueError("the machine has a conv, which needs edge_index")
     if edge_attr is not None and edge_index is None:

@@ -50,7 +50,8 @@ class SegmentPlan:
     @property
     def group_example(self) -> Tensor:
         """``[G]``, the example (not the rank) of each group."""
-        return torch.cat([self.example_order[: step.num_examples] for step in self.steps])
+        ranks = [self.example_order[: step.num_examples] for step in self.steps]
+        return torch.cat(ranks) if ranks else self.example_order[:0]
 
 
 def plan_segments(

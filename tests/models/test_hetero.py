@@ -55,7 +55,8 @@ def test_routes_are_in_the_numbering_of_the_input():
     dense = torch.zeros(9, 6)
     dense[routes.edge_index[0], routes.edge_index[1]] = routes.weight
     tokens = machine.embedding(batch["token"].x)
-    logits = machine.cell.router.logits(tokens, machine.manager.importance)
+    logits = machine.cell.router.lin_logits(tokens).view(9, 3, 2)  # [tokens, slots, heads]
+    logits = logits + torch.nn.functional.logsigmoid(machine.manager.importance)[:, None]
     expected = logits.softmax(1).mean(2)
     torch.testing.assert_close(dense[:2, :3], expected[:2])
     torch.testing.assert_close(dense[2:, 3:], expected[2:])

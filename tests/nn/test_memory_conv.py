@@ -169,3 +169,12 @@ def test_refuses_bad_options():
         MemoryConv(6, 3, heads=4)
     with pytest.raises(ValueError, match="num_states and heads must be positive"):
         MemoryConv(6, 0, heads=2)
+
+
+def test_ragged_partition_compiles_without_a_graph_break():
+    torch._dynamo.reset()
+    layer = MemoryConv(8, num_states=4, heads=2)
+    nodes = Partition.from_ptr(torch.tensor([0, 3, 9, 11]))
+    explanation = torch._dynamo.explain(layer)(torch.randn(11, 8), None, nodes)
+    torch._dynamo.reset()
+    assert explanation.graph_break_count == 0, explanation.break_reasons
