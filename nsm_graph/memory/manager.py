@@ -156,7 +156,27 @@ class StateManager(nn.Module):
     # Edits ######################################################################
 
     def register_dependent(self, module: nn.Module) -> None:
-        """Every later edit reaches the slot tensors of this module, too."""
+        """Every later edit reaches the slot tensors of this module, too.
+
+        Raises:
+            ValueError: If one of its parts is indexed by another number of slots, or declares
+                ``slot_dims`` without ``reset_slots``.
+        """
+        for owner in module.modules():
+            if not getattr(owner, "slot_dims", {}):
+                continue
+            name = type(owner).__name__
+            num_slots = getattr(owner, "num_states", self.max_states)
+            if num_slots != self.max_states:
+                raise ValueError(
+                    f"{name} is built for {num_slots} slots, but this manager has max_states="
+                    f"{self.max_states}; give it num_states={self.max_states}"
+                )
+            if not hasattr(owner, "reset_slots"):
+                raise ValueError(
+                    f"{name} declares slot_dims but has no reset_slots(slots), which gives freshly "
+                    f"allocated slots their values; add it"
+                )
         self._dependents.append(module)
 
     def register_optimizer(self, optimizer: Optimizer) -> None:

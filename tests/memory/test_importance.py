@@ -44,7 +44,7 @@ def test_routing_mass_is_the_share_inside_the_example(pairs, is_subset):
 
 def test_routing_mass_of_real_weights_is_a_share_of_tokens():
     relation = Relation.complete([0, 8, 9], [0, 3, 6])
-    _, weights = ops.route(torch.randn(9, 3, 2), torch.randn(9, 4), relation)
+    _, weights = ops.route(torch.randn(9, 2, 3), torch.randn(9, 4), relation)
     mass = routing_mass(weights, relation)
     dense = torch.zeros(9, 6)
     dense[tuple(relation.edge_index)] = weights

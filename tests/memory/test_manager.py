@@ -522,3 +522,19 @@ def test_wrong_signals(signal, slots, message):
 def test_an_optimizer_of_something_else():
     with pytest.raises(ValueError, match="does not hold the parameter `bank` of this manager"):
         filled().register_optimizer(torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1))
+
+
+def test_refuses_a_dependent_with_another_number_of_slots():
+    manager = StateManager(4, 8)
+    with pytest.raises(
+        ValueError, match=r"built for 4 slots, .* max_states=8; give it num_states=8"
+    ):
+        manager.register_dependent(torch.nn.Sequential(TokenToStateRouter(3, 4, num_states=4)))
+
+
+def test_refuses_a_dependent_that_cannot_fill_fresh_slots():
+    class Half(torch.nn.Module):
+        slot_dims = {"weight": 0}
+
+    with pytest.raises(ValueError, match="Half declares slot_dims but has no reset_slots"):
+        StateManager(4, 8).register_dependent(Half())

@@ -50,7 +50,7 @@ def route(
     Example:
         >>> import torch
         >>> relation = Relation.complete([0, 3], [0, 2])
-        >>> routed, weights = route(torch.zeros(3, 2, 4), torch.ones(3, 1), relation)
+        >>> routed, weights = route(torch.zeros(3, 4, 2), torch.ones(3, 1), relation)
         >>> routed.flatten().tolist(), weights.tolist()
         ([1.5, 1.5], [0.5, 0.5, 0.5, 0.5, 0.5, 0.5])
     """
