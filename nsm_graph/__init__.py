@@ -7,7 +7,7 @@ from nsm_graph import topology as topology
 from nsm_graph.models import MachineOutput as MachineOutput
 from nsm_graph.models import MachineState as MachineState
 from nsm_graph.models import NeuralStateMachine as NeuralStateMachine
-from nsm_graph.relation import Partition as Partition
+from nsm_graph.partition import Partition as Partition
 from nsm_graph.relation import Relation as Relation
 
 __version__ = "0.1.0"

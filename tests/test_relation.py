@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 import nsm_graph.relation
 from nsm_graph import Partition, Relation
-from nsm_graph.relation import as_relation, check_size, ptr_from_batch
+from nsm_graph.partition import ptr_from_batch
+from nsm_graph.relation import as_relation, check_size
 
 counts_lists = st.lists(st.integers(0, 4), max_size=5)
 count_pairs = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), max_size=5)
@@ -406,7 +407,7 @@ def test_partitions_of_different_batches():
 
 def test_pointers_on_different_devices(monkeypatch):
     # A pointer on "meta" has no values to check; only the devices are of interest here.
-    monkeypatch.setattr(nsm_graph.relation, "_check_ptr", lambda ptr, name: ptr)
+    monkeypatch.setattr(nsm_graph.relation, "check_ptr", lambda ptr, name: ptr)
     with pytest.raises(ValueError, match="src_ptr is on cpu, but dst_ptr is on meta"):
         Relation.complete(torch.tensor([0, 1]), torch.tensor([0, 1], device="meta"))
 

@@ -20,7 +20,7 @@ from nsm_graph.models.heads import HEADS
 from nsm_graph.models.options import check_batch
 from nsm_graph.nn import SinusoidalPosition
 from nsm_graph.nn.checks import check_choice
-from nsm_graph.relation import Partition
+from nsm_graph.partition import Partition
 
 
 @dataclass

@@ -23,7 +23,8 @@ from nsm_graph.nn import (
     TokenToStateRouter,
 )
 from nsm_graph.nn.checks import check_choice
-from nsm_graph.relation import Partition, Relation
+from nsm_graph.partition import Partition
+from nsm_graph.relation import Relation
 from nsm_graph.topology import NodeSet, Topology
 
 MIXES = ("sum", "bias", "attention", "routing")

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from nsm_graph.models.cell import StateMachineCell
 from nsm_graph.models.state import MachineState, Reading, Record
 from nsm_graph.nn import TokenReadout
-from nsm_graph.relation import Partition, Relation
+from nsm_graph.partition import Partition
+from nsm_graph.relation import Relation
 
 
 class GraphPasses(nn.Module):

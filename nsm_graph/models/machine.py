@@ -19,7 +19,8 @@ from nsm_graph.models.segments import SegmentPlan, plan_segments
 from nsm_graph.models.sequence import read_sequence
 from nsm_graph.models.state import MachineOutput, MachineState, Reading, Record
 from nsm_graph.nn import GraphPosition, LearnedPosition, SinusoidalPosition
-from nsm_graph.relation import Partition, Relation
+from nsm_graph.partition import Partition
+from nsm_graph.relation import Relation
 from nsm_graph.topology import Topology, complete
 
 

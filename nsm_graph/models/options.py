@@ -13,7 +13,7 @@ from nsm_graph.models.state import MachineState
 from nsm_graph.nn import LearnedPosition
 from nsm_graph.nn.checks import check_choice
 from nsm_graph.nn.positional import SEQUENCE_POSITIONS
-from nsm_graph.relation import ptr_from_batch
+from nsm_graph.partition import ptr_from_batch
 
 if TYPE_CHECKING:
     from nsm_graph.models.machine import NeuralStateMachine

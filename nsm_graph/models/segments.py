@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nsm_graph.relation import Partition, Relation
+from nsm_graph.partition import Partition
+from nsm_graph.relation import Relation
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,8 @@ from nsm_graph.nn.hybrid_attention import HybridAttention
 from nsm_graph.nn.propagator import StatePropagator
 from nsm_graph.nn.readout import TokenReadout
 from nsm_graph.nn.router import TokenToStateRouter
-from nsm_graph.relation import Partition, Relation, ptr_from_batch
+from nsm_graph.partition import Partition, ptr_from_batch
+from nsm_graph.relation import Relation
 
 
 class MemoryConv(nn.Module):
