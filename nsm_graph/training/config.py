@@ -109,6 +109,8 @@ class TrainConfig:
         keep: Which checkpoint stays: best (on validation) or last.
         accelerator: cpu, cuda, mps or auto.
         devices: Number of devices; 1 for now.
+        threads: CPU threads of every operation; PyTorch's own choice if not given. A small model is
+            about as fast on one, and does not stall where other programs share the processor.
         precision: Of Lightning Fabric: 32-true, bf16-mixed, 16-mixed, bf16-true, 64-true.
     """
 
@@ -122,6 +124,7 @@ class TrainConfig:
     keep: str = "best"
     accelerator: str = "cpu"
     devices: int = 1
+    threads: int | None = None
     precision: str = "32-true"
 
     def __post_init__(self) -> None:
@@ -137,6 +140,7 @@ class TrainConfig:
         check_range("train.weight_decay", self.weight_decay, 0)
         check_range("train.warmup", self.warmup, 0, 0.9)
         check_range("train.clip", self.clip, 0, above=True)
+        check_range("train.threads", self.threads, 1)
         if self.devices != 1:
             raise ValueError(
                 f"train.devices: expected 1 (several processes are not supported yet); "

@@ -123,6 +123,8 @@ def make_fabric(config: TrainConfig) -> Fabric:
             f"train.accelerator: expected a device that is there; got {config.accelerator}; "
             "use cpu or auto"
         )
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
     fabric = Fabric(
         accelerator=config.accelerator, devices=config.devices, precision=config.precision
     )

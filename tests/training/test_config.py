@@ -63,6 +63,7 @@ def test_model_errors(values, message):
         ({"epochs": 1, "lr": float("nan")}, "train.lr: expected above 0; got nan"),
         ({"epochs": 1, "keep": "all"}, "train.keep: expected one of best, last; got 'all'"),
         ({"epochs": 1, "devices": 2}, "train.devices: expected 1"),
+        ({"epochs": 1, "threads": 0}, "train.threads: expected at least 1; got 0"),
         ({"epochs": 1, "precision": "8"}, "train.precision: expected one of 32-true"),
     ],
 )
