@@ -20,6 +20,7 @@ commands:
                              [--section.key value ...]
   evaluate RUN [--length L] [--json FILE] [--section.key value ...]
   info
+  --version
 
 nsm-graph COMMAND --help says more.
 """
@@ -48,6 +49,11 @@ def main(argv: list[str] | None = None) -> int:
     }
     if argv and argv[0] in ("-h", "--help"):
         print(USAGE, end="")
+        return 0
+    if argv and argv[0] == "--version":
+        from importlib import metadata
+
+        print(metadata.version("nsm-graph"))
         return 0
     try:
         if not argv or argv[0] not in commands:
@@ -116,10 +122,15 @@ def evaluate(argv: list[str]) -> None:
         raise UserError(
             f"evaluate: expected a run directory with config.yaml; {run} has none; train first"
         )
+    trained, _ = parse(parser, [], base=run / "config.yaml")
     config, own = parse(parser, argv[1:], base=run / "config.yaml")
+    if own["json"] is not None and not Path(own["json"]).resolve().parent.is_dir():
+        raise UserError(f"--json: expected a file in a folder that exists; got {own['json']}")
 
     from nsm_graph.training.directory import write_whole
-    from nsm_graph.training.run import evaluate_run
+    from nsm_graph.training.run import check_same_run, evaluate_run
+
+    check_same_run(trained, config)
 
     metrics = json.dumps(evaluate_run(config, run, own["length"]), indent=2)
     print(metrics)

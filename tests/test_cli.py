@@ -163,3 +163,54 @@ def test_importing_the_command_line_is_light():
     code = f"import nsm_graph.cli, sys; print([n for n in {heavy} if n in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout.strip() == "[]", result.stderr
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (["--data.seed", "3"], "data.seed: expected 0, as the run was trained; got 3"),
+        (["--data.augment", "true"], "data.augment: expected False"),
+        (["--model.channels", "9"], "model.channels: expected 8"),
+        (["--train.batch_size", "1"], "train.batch_size: expected 64"),
+    ],
+)
+def test_evaluate_refuses_what_would_change_the_meaning(override, message, run, capsys):
+    assert message in failure(capsys, "evaluate", str(run), *override)
+
+
+def test_evaluate_json_must_have_a_folder(run, capsys, tmp_path):
+    path = tmp_path / "no" / "result.json"
+    assert "--json: expected a file in a folder" in failure(
+        capsys, "evaluate", str(run), "--json", str(path)
+    )
+    assert "Is a directory" in failure(capsys, "evaluate", str(run), "--json", str(tmp_path))
+    assert not list(tmp_path.parent.glob(f".{tmp_path.name}*"))
+
+
+@pytest.mark.parametrize("compare", ["gru,gru", "gru,none"])
+def test_compare_is_checked_before_training(compare, config, capsys, tmp_path):
+    run = tmp_path / "run"
+    assert "compare" in failure(
+        capsys, "train", "--config", config, "--compare", compare, "--out", str(run)
+    )
+    assert not run.exists()
+
+
+def test_a_run_cut_short_says_so(config, capsys, tmp_path):
+    argv = ["--train.epochs", "500", "--train.max_seconds", "2", "--compare", "none"]
+    assert main(["train", "--config", config, "--out", str(tmp_path / "run"), *argv]) == 0
+    assert "Time ran out: train.max_seconds ended the run after" in capsys.readouterr().out
+
+
+def test_a_text_model_is_not_evaluated_on_another_alphabet(capsys, tmp_path):
+    texts = {"a.txt": "abcd" * 500, "b.txt": "bcde" * 500}
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+    argv = ["--model.state_channels", "8", "--model.token_channels", "8", "--train.epochs", "1"]
+    run = str(tmp_path / "run")
+    assert main(["train", "text", "--data.path", str(tmp_path / "a.txt"), "--out", run, *argv]) == 0
+    capsys.readouterr()
+    assert main(["evaluate", run]) == 0
+    capsys.readouterr()
+    message = failure(capsys, "evaluate", run, "--data.path", str(tmp_path / "b.txt"))
+    assert "data.path: expected the 4 characters of the text of the training" in message

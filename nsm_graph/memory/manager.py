@@ -74,7 +74,7 @@ class StateManager(nn.Module):
         # Who else is indexed by slot. Plain lists: the machine owns the manager, not the reverse.
         self._dependents: list[nn.Module] = []
         self._optimizers: list[Optimizer] = []
-        self._slots: Tensor | None = None
+        self._slots: tuple[Tensor, int, Tensor] | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -100,9 +100,11 @@ class StateManager(nn.Module):
     @property
     def slots(self) -> Tensor:
         """The active slots in ascending order, ``[N]``."""
-        if self._slots is None or self._slots.device != self.active.device:
-            self._slots = self.active.nonzero().flatten()
-        return self._slots
+        # In-place writes count up a tensor's version, so a stale answer is noticed without looking.
+        key = (self.active, self.active._version)
+        if self._slots is None or self._slots[0] is not key[0] or self._slots[1] != key[1]:
+            self._slots = (*key, self.active.nonzero().flatten())
+        return self._slots[2]
 
     @property
     def num_active(self) -> int:

@@ -23,6 +23,7 @@ from nsm_graph.nn import (
     TokenToStateRouter,
 )
 from nsm_graph.nn.checks import check_choice
+from nsm_graph.nn.edge_attention_layer import hide_from_explainers
 from nsm_graph.partition import Partition
 from nsm_graph.relation import Relation
 from nsm_graph.topology import NodeSet, Topology
@@ -145,6 +146,7 @@ class StateMachineCell(nn.Module):
         self.propagator = StatePropagator(state_channels, cell=cell)
         if communication is not None:
             self.communication = StateCommunication(state_channels, heads)
+        hide_from_explainers(self.router, self.attention, self.communication)
         self.rotary = self.relative = None
         if position == "rotary":
             self.rotary = RotaryPosition(state_channels // heads)

@@ -60,7 +60,7 @@ class TokenEmbedding(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.lin is not None:
             return self.lin(x)
-        columns = x.unsqueeze(1) if x.dim() == 1 else x
+        columns = (x.unsqueeze(1) if x.dim() == 1 else x).long()
         return torch.stack([t(columns[:, i]) for i, t in enumerate(self.tables)]).sum(0)
 
     def check(self, x: Tensor) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from nsm_graph.models.cell import StateMachineCell
 from nsm_graph.models.state import MachineState, Reading, Record
 from nsm_graph.nn import TokenReadout
+from nsm_graph.nn.edge_attention_layer import hide_from_explainers
 from nsm_graph.partition import Partition
 from nsm_graph.relation import Relation
 
@@ -62,6 +63,7 @@ class GraphPasses(nn.Module):
         # reads for itself.
         self.read_norms = nn.ModuleList(nn.LayerNorm(channels) for _ in range(num_steps - 1))
         self.readout = TokenReadout(channels, state_channels, heads) if num_steps > 1 else None
+        hide_from_explainers(self.readout)
 
     def reset_parameters(self) -> None:
         for module in self.modules():

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch_geometric.nn.dense.linear import Linear
 
 from nsm_graph.nn import StatePool, TokenReadout
+from nsm_graph.nn.edge_attention_layer import hide_from_explainers
 from nsm_graph.relation import Relation
 
 HEADS = ("example", "token", "next_token")
@@ -86,6 +87,7 @@ class TokenHead(nn.Module):
     ) -> None:
         super().__init__()
         self.readout = TokenReadout(token_channels, state_channels, heads, causal=causal)
+        hide_from_explainers(self.readout)
         self.norm = nn.LayerNorm(token_channels)
         self.dropout = nn.Dropout(dropout)
         self.lin_out = Linear(token_channels, out_channels)

@@ -34,7 +34,7 @@ class NeuralStateMachine(nn.Module):
 
     Source: Neural State Machine flow. Differences are listed in ``docs/equations.md``.
 
-    Batches are ragged and never padded: ``x`` holds the tokens of all examples one after another,
+    Batches are ragged and come unpadded: ``x`` holds the tokens of all examples one after another,
     ``batch`` says whose they are, as in PyG. With ``segment_length=S`` an example is a sequence
     that is read S tokens at a time; with ``segment_length=None`` it is a set or graph whose nodes
     are all read in each of ``num_steps`` passes.
@@ -275,6 +275,7 @@ class NeuralStateMachine(nn.Module):
         if state is None:
             state = self._initial_state(ptr.numel() - 1)
         notes = Record() if record else None
+        edge_index = None if edge_index is None else edge_index.long()
         tokens = self.embedding(x)
         if self.segment_length is not None:
             plan = plan_segments(
@@ -341,6 +342,8 @@ class NeuralStateMachine(nn.Module):
     def _observe(self, weights: Tensor, routes: Relation) -> None:
         """Feeds the routing mass into the moving average; examples without tokens say nothing."""
         mass, slots = routing_mass(weights, routes), self.manager.slots
+        if not bool(mass.sum().isfinite()):
+            return  # a diverged step says nothing either; its loss shows it
         slots = slots.repeat(mass.numel() // slots.numel())
         if routes.sources.min_count == 0:
             has_tokens = (routes.sources.ptr.diff() > 0)[routes.targets.batch]

@@ -49,7 +49,8 @@ def check_options(
     if checkpoint_segments != "sqrt":
         counts["checkpoint_segments"] = checkpoint_segments
     for name, value in counts.items():
-        if value is not None and (not isinstance(value, int) or value < 1):
+        is_integer = isinstance(value, int) and not isinstance(value, bool)
+        if value is not None and (not is_integer or value < 1):
             raise ValueError(f"{name} must be a positive integer, but is {value!r}")
     if in_channels < 1 and in_channels != -1:
         raise ValueError(f"in_channels must be positive or -1 (inferred), but is {in_channels}")
@@ -123,8 +124,14 @@ def check_input(
     parameter = machine.manager.bank
     if not isinstance(x, Tensor):
         raise ValueError(f"x must be a tensor, but is {type(x).__name__}")
+    if state is not None and not isinstance(state, MachineState):
+        raise ValueError(
+            f"state must be a MachineState, as run(...).state is, but is {type(state).__name__}"
+        )
     tensors = {"x": x, "batch": batch, "edge_index": edge_index, "edge_attr": edge_attr, "pe": pe}
     for name, tensor in tensors.items():
+        if tensor is not None and not isinstance(tensor, Tensor):
+            raise ValueError(f"{name} must be a tensor, but is {type(tensor).__name__}")
         if tensor is not None and tensor.device != parameter.device:
             raise ValueError(
                 f"{name} is on {tensor.device}, but the machine is on {parameter.device}; move one"
@@ -253,10 +260,10 @@ def _check_graph_input(
                     f"rows"
                 )
     if edge_attr is not None:
-        if edge_attr.size(0) != edge_index.size(1):
+        if edge_attr.dim() == 0 or edge_attr.size(0) != edge_index.size(1):
             raise ValueError(
-                f"edge_attr has {edge_attr.size(0)} rows, but edge_index has "
-                f"{edge_index.size(1)} edges"
+                f"edge_attr must have one row per edge, {edge_index.size(1)}, but has shape "
+                f"{tuple(edge_attr.shape)}"
             )
         if machine.edge_embedding is not None:
             machine.edge_embedding.check(edge_attr)

@@ -2,7 +2,7 @@
 
 Examples are sorted by number of segments, longest first, so that those still active at step t are a
 prefix. Tokens are reordered step by step, so that each step reads one contiguous slice; a *group*
-is one segment of one example. Nothing is padded.
+is one segment of one example.
 """
 
 from __future__ import annotations

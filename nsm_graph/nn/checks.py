@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
-def check_features(x: Tensor, channels: int, name: str) -> None:
-    """Raises unless ``x`` is floating point of shape ``(nodes, channels)``; -1 = any width."""
+def check_features(x: Tensor, channels: int, name: str, weight: Tensor | None = None) -> None:
+    """Raises unless ``x`` is floating point of shape ``(nodes, channels)``; -1 = any width.
+
+    With the layer's ``weight``, also unless ``x`` has its dtype and device.
+    """
     # Two comparisons: a compiled layer cannot look for a number among symbolic sizes.
     if not isinstance(x, Tensor) or x.dim() != 2 or (channels != -1 and x.size(1) != channels):
         width = "channels" if channels == -1 else channels
@@ -14,12 +18,19 @@ def check_features(x: Tensor, channels: int, name: str) -> None:
         raise ValueError(f"{name} must have shape (nodes, {width}), but got {got}")
     if not x.is_floating_point():
         raise ValueError(f"{name} must be floating point, but has dtype {x.dtype}; use .float()")
+    if weight is None or torch.is_autocast_enabled(x.device.type):
+        return
+    if x.dtype != weight.dtype or x.device != weight.device:
+        raise ValueError(
+            f"{name} is {x.dtype} on {x.device}, but the layer is {weight.dtype} on "
+            f"{weight.device}; move one with .to(...)"
+        )
 
 
 def check_channels(**channels: int) -> None:
     """Raises unless every given size is positive, or -1 (inferred at the first call)."""
     for name, value in channels.items():
-        if not isinstance(value, int) or (value < 1 and value != -1):
+        if not isinstance(value, int) or isinstance(value, bool) or (value < 1 and value != -1):
             raise ValueError(f"{name} must be a positive integer or -1 (inferred), not {value!r}")
 
 

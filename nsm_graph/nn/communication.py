@@ -69,7 +69,7 @@ class StateCommunication(EdgeAttentionLayer):
             return_attention_weights: If :obj:`True`, also returns ``(edge_index, weights)``.
                 (default: :obj:`None`)
         """
-        check_features(x, self.state_channels, "x")
+        check_features(x, self.state_channels, "x", self.lin_qkv.weight)
         query, key, value = self.lin_qkv(x).chunk(3, dim=-1)
         out, alpha = self.attend(query, key, value, edge_index, bias, return_attention_weights)
         out = self.norm(x + self.lin_out(out))

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch_geometric.nn import MessagePassing
 
 from nsm_graph.ops import edge_attention, edge_attention_weights
+from nsm_graph.ops.edge_attention import check_bias
 from nsm_graph.ops.segment import masked_group_softmax
 from nsm_graph.relation import Relation, check_size
 
@@ -62,8 +63,9 @@ class EdgeAttentionLayer(MessagePassing):
                     alpha = edge_attention_weights(query, key, edges, bias=bias)
                 return out.flatten(1), alpha
             edges = edges.edge_index
-        if bias is not None and bias.dim() == 1:
-            bias = bias.unsqueeze(1)
+        if edges.layout == torch.strided:
+            edges = edges.long()
+            bias = None if bias is None else check_bias(bias, edges.size(1), query)
         # propagate_type: (query: Tensor, key: Tensor, value: Tensor, bias: OptTensor)
         try:
             out = self.propagate(edges, size=size, query=query, key=key, value=value, bias=bias)
@@ -90,6 +92,17 @@ class EdgeAttentionLayer(MessagePassing):
         alpha = masked_group_softmax(scores, index, size_i)
         self._alpha = alpha
         return value_j * alpha.unsqueeze(-1)
+
+
+def hide_from_explainers(*layers: MessagePassing | None) -> None:
+    """Tells PyG's explainers to pass over layers whose edges are not those of the user's graph.
+
+    An explainer's edge mask belongs to the graph that the model was called with. Layers that run on
+    edges between tokens and states inside a composition have other edges, whatever their number.
+    """
+    for layer in layers:
+        if layer is not None:
+            layer.explain = False
 
 
 def is_watched(layer: MessagePassing) -> bool:

@@ -95,8 +95,8 @@ class HybridAttention(EdgeAttentionLayer):
                 (default: :obj:`None`)
         """
         tokens, states = x
-        check_features(tokens, self.token_channels, "x[0] (tokens)")
-        check_features(states, self.state_channels, "x[1] (states)")
+        check_features(tokens, self.token_channels, "x[0] (tokens)", self.lin_query.weight)
+        check_features(states, self.state_channels, "x[1] (states)", self.lin_query.weight)
         key, value = self.project_tokens(tokens)
         out, alpha = self.attend(
             self.lin_query(states), key, value, edge_index, bias, return_attention_weights

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from nsm_graph.nn.checks import check_features
 from nsm_graph.nn.communication import StateCommunication
+from nsm_graph.nn.edge_attention_layer import hide_from_explainers
 from nsm_graph.nn.hybrid_attention import HybridAttention
 from nsm_graph.nn.propagator import StatePropagator
 from nsm_graph.nn.readout import TokenReadout
@@ -70,6 +71,8 @@ class MemoryConv(nn.Module):
         self.communication = StateCommunication(channels, heads)
         self.readout = TokenReadout(channels, channels, heads)
         self.norm = nn.LayerNorm(channels)
+        # An explainer sees the edges of the graph, in `conv`, and none of the memory's own.
+        hide_from_explainers(self.router, self.attention, self.communication, self.readout)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -107,7 +110,7 @@ class MemoryConv(nn.Module):
             batch_size: Number of graphs; ``None`` to find it from ``state`` or ``batch``.
                 (default: :obj:`None`)
         """
-        check_features(x, self.channels, "x")
+        check_features(x, self.channels, "x", self.bank)
         nodes = self._partition(x, batch, batch_size, state)
         if nodes.num_rows != x.size(0):
             raise ValueError(f"batch has {nodes.num_rows} entries, but x has {x.size(0)} rows")
@@ -139,10 +142,13 @@ class MemoryConv(nn.Module):
         batch_size: int | None,
         state: Tensor | None,
     ) -> Partition:
-        if isinstance(batch, Partition):
-            return batch
-        if batch is None:
-            return Partition.uniform(1, x.size(0), x.device)
+        if isinstance(batch, Partition) or batch is None:
+            nodes = Partition.uniform(1, x.size(0), x.device) if batch is None else batch
+            if batch_size is not None and batch_size != nodes.num_examples:
+                raise ValueError(
+                    f"batch_size is {batch_size}, but batch stands for {nodes.num_examples} graphs"
+                )
+            return nodes
         if batch_size is None:
             if state is not None:
                 batch_size = state.size(0) // self.num_states

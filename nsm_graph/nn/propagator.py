@@ -98,8 +98,8 @@ class StatePropagator(nn.Module):
             cell: The LSTM's cell c. (default: :obj:`None`)
             mask: Rows to update; the others keep their value bit for bit. (default: :obj:`None`)
         """
-        check_features(state, self.state_channels, "state")
-        check_features(update, self.input_channels, "update")
+        check_features(state, self.state_channels, "state", self.lin_gates.weight)
+        check_features(update, self.input_channels, "update", self.lin_gates.weight)
         if update.size(0) != state.size(0):
             raise ValueError(f"update has {update.size(0)} rows, but state has {state.size(0)}")
         if mask is not None and (mask.dtype != torch.bool or mask.shape != state.shape[:1]):

@@ -49,7 +49,7 @@ class StatePool(nn.Module):
         check_choice("mode", mode, ("mean", "flatten", "attention"))
         if mode == "attention" and state_channels is None:
             raise ValueError('mode "attention" needs state_channels; pass the size of a state')
-        if mode == "flatten" and num_states is None:
+        if mode == "flatten" and (num_states is None or num_states < 1):
             raise ValueError('mode "flatten" needs num_states; pass the number of slots')
         self.mode = mode
         self.num_states = num_states
@@ -83,6 +83,10 @@ class StatePool(nn.Module):
         """
         check_features(x, -1, "x")
         if batch is None:
+            if batch_size not in (None, 1):
+                raise ValueError(
+                    f"{batch_size} examples need batch=, which says whose each state is"
+                )
             batch, batch_size = x.new_zeros(x.size(0), dtype=torch.long), 1
         elif batch.shape != x.shape[:1]:
             raise ValueError(
@@ -105,9 +109,31 @@ class StatePool(nn.Module):
                     f"{x.size(0)} states are not {batch_size} examples of {self.num_states} slots; "
                     f"say with slots= which slot each state holds"
                 )
-            return x.reshape(batch_size, -1)
+            # The i-th state of an example holds slot i, in whatever order examples stand.
+            order = torch.argsort(batch, stable=True)
+            slots = torch.empty_like(order)
+            slots[order] = torch.arange(x.size(0), device=x.device) % self.num_states
+        elif slots.shape != x.shape[:1]:
+            raise ValueError(
+                f"slots must have one entry per state, {x.size(0)}, but has {tuple(slots.shape)}"
+            )
+        place = batch * self.num_states + slots
+        if not torch.compiler.is_compiling():
+            self._check_places(place, slots)
         flat = x.new_zeros(batch_size * self.num_states, x.size(1))
-        return flat.index_copy(0, batch * self.num_states + slots, x).view(batch_size, -1)
+        return flat.index_copy(0, place, x).view(batch_size, -1)
+
+    def _check_places(self, place: Tensor, slots: Tensor) -> None:
+        if bool(((slots < 0) | (slots >= self.num_states)).any()):
+            raise ValueError(
+                f"slots must lie in 0..{self.num_states - 1}, but go from {int(slots.min())} to "
+                f"{int(slots.max())}"
+            )
+        if place.unique().numel() != place.numel():
+            raise ValueError(
+                "two states of one example hold the same slot; say with slots= and batch= which "
+                "state is which"
+            )
 
     def __repr__(self) -> str:
         return f"{self.__class__.__name__}({self.mode!r})"
@@ -193,8 +219,8 @@ class TokenReadout(EdgeAttentionLayer):
                 (default: :obj:`None`)
         """
         states, tokens = x
-        check_features(states, self.state_channels, "x[0] (states)")
-        check_features(tokens, self.token_channels, "x[1] (tokens)")
+        check_features(states, self.state_channels, "x[0] (states)", self.lin_query.weight)
+        check_features(tokens, self.token_channels, "x[1] (tokens)", self.lin_query.weight)
         key, value = self.lin_state(states).chunk(2, dim=-1)
         query = self.lin_query(tokens)
         out, alpha = self.attend(query, key, value, edge_index, bias, return_attention_weights)

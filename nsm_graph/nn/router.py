@@ -83,7 +83,9 @@ class TokenToStateRouter(MessagePassing):
                 f"state_channels, num_states and heads must be positive, but are "
                 f"{state_channels}, {num_states} and {heads}"
             )
-        if top_k is not None and not 1 <= top_k <= num_states:
+        if top_k is not None and (
+            not isinstance(top_k, int) or isinstance(top_k, bool) or not 1 <= top_k <= num_states
+        ):
             raise ValueError(f"top_k must lie in 1..{num_states} or be None, but is {top_k}")
         check_choice("routing_reduce", routing_reduce, ("sum", "mean"))
         super().__init__(aggr="sum", node_dim=0)
@@ -146,7 +148,7 @@ class TokenToStateRouter(MessagePassing):
                 "edge_index alone does not say how many states there are; pass (tokens, states), "
                 "size=(num_tokens, num_states) or a Relation"
             )
-        check_features(x, self.token_channels, "x")
+        check_features(x, self.token_channels, "x", self.lin_out.weight)
         if x.size(0) != size[0]:
             raise ValueError(
                 f"relation goes from {size[0]} tokens, but x has {x.size(0)} rows; build it from "
@@ -214,7 +216,8 @@ class TokenToStateRouter(MessagePassing):
             routed, weights = ops.route(logits, x, relation, slots)
             used = relation
             if self.top_k is not None:
-                used, weights = keep_top_k(relation, weights, self.top_k)
+                kept, weights = keep_top_k(relation, weights, self.top_k)
+                used = relation.subset(kept)
                 src, dst = used.edge_index
                 routed = group_sum(x[src] * weights.unsqueeze(1), dst, used.num_dst)
         if self.routing_reduce == "mean":
@@ -230,11 +233,15 @@ class TokenToStateRouter(MessagePassing):
             slots = torch.arange(relation.num_dst, device=x.device) % logits.size(2)
         scores = logits[src, :, slots[dst]]
         weights = group_softmax(scores, src, relation.num_src).mean(1)
+        used, alpha = relation, weights
         if self.top_k is not None:
-            relation, weights = keep_top_k(relation, weights, self.top_k)
+            kept, weights = keep_top_k(relation, weights, self.top_k)
+            used = relation.subset(kept)
+            # An explainer counts every edge: those that were dropped stay, with weight zero.
+            alpha = torch.zeros_like(alpha).index_copy(0, kept, weights)
         # propagate_type: (x: Tensor, alpha: Tensor)
-        routed = self.propagate(relation.edge_index, size=relation.size, x=(x, None), alpha=weights)
-        return Routing(routed, weights, relation)
+        routed = self.propagate(relation.edge_index, size=relation.size, x=(x, None), alpha=alpha)
+        return Routing(routed, weights, used)
 
     def message(self, x_j: Tensor, alpha: Tensor) -> Tensor:
         return alpha.unsqueeze(-1) * x_j
@@ -247,8 +254,11 @@ class TokenToStateRouter(MessagePassing):
         )
 
 
-def keep_top_k(relation: Relation, weights: Tensor, k: int) -> tuple[Relation, Tensor]:
-    """The k heaviest edges that leave each source, renormalised; ties go to the lowest target."""
+def keep_top_k(relation: Relation, weights: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k heaviest edges that leave each source, and their weights, which sum to 1 again.
+
+    Ties go to the lowest target.
+    """
     src, dst = relation.edge_index
     # Stable sorts, the least significant key first: target, then weight, then source.
     order = torch.argsort(dst, stable=True)
@@ -258,7 +268,7 @@ def keep_top_k(relation: Relation, weights: Tensor, k: int) -> tuple[Relation, T
     rank = torch.arange(order.numel(), device=order.device) - first_edge
     kept = order[rank < k].sort().values
     total = group_sum(weights[kept], src[kept], relation.num_src)
-    return relation.subset(kept), weights[kept] / total[src[kept]]
+    return kept, weights[kept] / total[src[kept]]
 
 
 def in_degree(relation: Relation) -> Tensor:

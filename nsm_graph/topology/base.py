@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -136,6 +137,14 @@ class Rule(Topology):
     ) -> None:
         self.function = function
         self.is_dynamic = is_dynamic
+        self.__module__ = getattr(function, "__module__", __name__)
+
+    def __reduce__(self) -> str | tuple[type, tuple]:
+        # A decorated function is found by its name, as functions are: that name is now the rule.
+        name = getattr(self.function, "__qualname__", "")
+        if getattr(sys.modules.get(self.__module__), name, None) is self:
+            return name
+        return Rule, (self.function, self.is_dynamic)
 
     def __call__(self, nodes: NodeSet) -> Relation:
         edges = self.function(nodes)

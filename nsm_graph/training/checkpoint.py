@@ -78,9 +78,7 @@ def load_checkpoint(
         ValueError: If the checkpoint or one of its files is missing, damaged, or made for another
         model.
     """
-    folder = path if path.exists() else _side(path, "old")
-    if not folder.is_dir():
-        raise ValueError(f"checkpoint: expected the folder {path}; it does not exist; train first")
+    folder = _folder(path)
     sidecar = _read_meta(folder / META)
     data = {name: _read(folder / name) for name in (MODEL, OPTIMIZER)}
     for name, content in data.items():
@@ -97,6 +95,22 @@ def load_checkpoint(
     if optimizer is not None:
         optimizer.load_state_dict(_join_optimizer(moments, sidecar["optimizer"]))
     return sidecar["meta"], generators
+
+
+def read_meta(path: Path) -> dict[str, Any]:
+    """The `meta` of a checkpoint, without its tensors.
+
+    Raises:
+        ValueError: If the checkpoint or the file is missing or damaged.
+    """
+    return _read_meta(_folder(path) / META)["meta"]
+
+
+def _folder(path: Path) -> Path:
+    folder = path if path.exists() else _side(path, "old")
+    if not folder.is_dir():
+        raise ValueError(f"checkpoint: expected the folder {path}; it does not exist; train first")
+    return folder
 
 
 def _split_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:

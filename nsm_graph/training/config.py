@@ -178,7 +178,9 @@ class Config:
         check_types(self, "")
         check_range("seed", self.seed, 0)
         for name in self.compared:
-            check_choice("compare", name, (*KINDS[1:], "none"))
+            check_choice("compare", name, KINDS[1:] if self.compare != "none" else (*KINDS, "none"))
+        if len(set(self.compared)) < len(self.compared):
+            raise ValueError(f"compare: expected each baseline once; got {self.compare}")
 
     @property
     def compared(self) -> list[str]:

@@ -45,5 +45,12 @@ def run_directory(run: Path, config: Config) -> Iterator[None]:
 def write_whole(path: Path, text: str) -> None:
     """Writes a file so that it is there whole or not at all."""
     scratch = path.with_name(f".{path.name}.new")
-    scratch.write_text(text)
-    os.replace(scratch, path)
+    try:
+        scratch.write_text(text)
+        os.replace(scratch, path)
+    except OSError as error:
+        with suppress(OSError):
+            scratch.unlink(missing_ok=True)
+        raise ValueError(
+            f"cannot write {path}: {error.strerror}; choose a file in a folder that exists"
+        ) from None

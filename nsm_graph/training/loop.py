@@ -28,6 +28,7 @@ class Fitted:
 
     seconds: float
     epochs: int
+    planned_epochs: int | None
     steps: int
     kept_epoch: int
     train: dict[str, float]
@@ -108,11 +109,14 @@ def fit(
                 best = task.score(validated) if validated else None
                 kept = {"epoch": epoch, "step": step, "seconds": seconds, "progress": progress}
                 kept |= {"train": trained, "validation": validated, "task": task.to_dict()}
+                kept["symbols"] = splits.info.symbols
                 save_checkpoint(run / "checkpoint", model, optimizer, kept, _generators(order))
 
     seconds = time.monotonic() - start
     load_checkpoint(run / "checkpoint", model)
-    return Fitted(seconds, epoch, step, kept["epoch"], kept["train"], kept["validation"])
+    return Fitted(
+        seconds, epoch, train.epochs, step, kept["epoch"], kept["train"], kept["validation"]
+    )
 
 
 def make_fabric(config: TrainConfig) -> Fabric:

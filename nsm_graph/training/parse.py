@@ -41,7 +41,7 @@ def parse(
     except argparse.ArgumentError as error:
         hint = (
             "; --help lists every key"
-            if "accept option" in str(error) or "unrecognized" in str(error)
+            if any(text in str(error) for text in ("accept", "unrecognized"))
             else ""
         )
         raise ValueError(" ".join(str(error).split()) + hint) from None

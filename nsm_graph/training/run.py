@@ -16,7 +16,7 @@ from nsm_graph.data import Splits, load
 from nsm_graph.models.baselines import count_parameters
 from nsm_graph.training.batches import truncate
 from nsm_graph.training.build import build_model, matched_baseline
-from nsm_graph.training.checkpoint import load_checkpoint
+from nsm_graph.training.checkpoint import load_checkpoint, read_meta
 from nsm_graph.training.config import Config
 from nsm_graph.training.directory import run_directory, write_whole
 from nsm_graph.training.evaluate import evaluate
@@ -58,6 +58,28 @@ def train_run(config: Config, run: Path, *, quiet: bool = False) -> list[Result]
     return results
 
 
+#: What an evaluation may set anew; everything else would change what the number means.
+FREE = (
+    *("data.root", "data.cache", "data.path"),
+    *("train.accelerator", "train.devices", "train.precision", "train.threads"),
+)
+
+
+def check_same_run(trained: Config, config: Config) -> None:
+    """Refuses an evaluation under another config than that of the training.
+
+    Raises:
+        ValueError: If a key differs that is not about where the data lie or what computes.
+    """
+    before, now = _flat(trained.to_dict()), _flat(config.to_dict())
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) != now.get(key) and key not in FREE:
+            raise ValueError(
+                f"{key}: expected {before.get(key)}, as the run was trained; got {now.get(key)}; "
+                f"an evaluation may set {', '.join(FREE)}"
+            )
+
+
 def evaluate_run(config: Config, run: Path, length: int | None = None) -> dict[str, Any]:
     """Metrics of a run's checkpoint on the test split.
 
@@ -69,6 +91,12 @@ def evaluate_run(config: Config, run: Path, length: int | None = None) -> dict[s
     if length is not None and length < 1:
         raise ValueError(f"--length: expected at least 1; got {length}")
     splits = load_data(config)
+    symbols = read_meta(run / "checkpoint").get("symbols")
+    if symbols != splits.info.symbols:
+        raise ValueError(
+            f"data.path: expected the {len(symbols or [])} characters of the text of the training; "
+            f"got {len(splits.info.symbols or [])}; symbols are numbered by the text"
+        )
     model = build_model(config, splits.info)
     meta, _ = load_checkpoint(run / "checkpoint", model)
     test = (
@@ -84,6 +112,12 @@ def evaluate_run(config: Config, run: Path, length: int | None = None) -> dict[s
         "model": config.model.kind,
         "data": splits.info.name,
     }
+
+
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+    sections = {key: part for key, part in values.items() if isinstance(part, dict)}
+    flat = {key: value for key, value in values.items() if key not in sections}
+    return flat | {f"{name}.{k}": v for name, part in sections.items() for k, v in part.items()}
 
 
 def load_data(config: Config) -> Splits:

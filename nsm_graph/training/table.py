@@ -14,9 +14,22 @@ def print_table(results: list[Result], run: Path) -> None:
 
     table = Table(title=f"{run}", title_justify="left")
     table.add_column("model")
-    for name in ("parameters", f"test {results[0].metric}", "seconds"):
+    for name in ("parameters", f"test {results[0].metric}", "epochs", "seconds"):
         table.add_column(name, justify="right")
     for result in results:
         value = f"{result.test[result.metric]:.4f}" if result.test else "no test split"
-        table.add_row(result.model, f"{result.parameters:,}", value, f"{result.fitted.seconds:.1f}")
+        fitted = result.fitted
+        table.add_row(
+            result.model,
+            f"{result.parameters:,}",
+            value,
+            str(fitted.epochs),
+            f"{fitted.seconds:.1f}",
+        )
     Console().print(table)
+    own = results[0].fitted
+    if own.planned_epochs is not None and own.epochs < own.planned_epochs:
+        print(
+            f"Time ran out: train.max_seconds ended the run after {own.epochs} of "
+            f"{own.planned_epochs} epochs; raise it for the full result."
+        )

@@ -538,3 +538,10 @@ def test_refuses_a_dependent_that_cannot_fill_fresh_slots():
 
     with pytest.raises(ValueError, match="Half declares slot_dims but has no reset_slots"):
         StateManager(4, 8).register_dependent(Half())
+
+
+def test_a_mask_written_in_place_is_noticed():
+    manager = StateManager(4, 8)
+    assert manager.num_active == 8
+    manager.active[3:] = False
+    assert manager.slots.tolist() == [0, 1, 2]

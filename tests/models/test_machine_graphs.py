@@ -192,7 +192,7 @@ BAD = [
     (CONV, lambda m: m(X, edge_index=E[0]), "edge_index must be integer"),
     (CONV, lambda m: m(X, edge_index=E.to("meta")), "edge_index is on meta"),
     ({}, lambda m: m(X, edge_attr=X), "edge_attr was given without edge_index"),
-    ({}, lambda m: m(X, edge_index=E, edge_attr=X), "edge_attr has 4 rows, but edge_index has 1"),
+    ({}, lambda m: m(X, edge_index=E, edge_attr=X), r"one row per edge, 1, but has shape \(4, 3\)"),
     ({}, lambda m: m(X, pe=X), "was not built for pe"),
     ({"pe_channels": 2}, lambda m: m(X), "needs pe"),
     ({"pe_channels": 2}, lambda m: m(X, pe=X), r"pe must have shape \(4, 2\)"),

@@ -150,3 +150,21 @@ def test_refuses_bad_input(call, message):
 def test_refuses_bad_options(channels, heads, message):
     with pytest.raises(ValueError, match=message):
         HybridAttention(channels, heads)
+
+
+@pytest.mark.parametrize(
+    "bias", [torch.zeros(1), torch.zeros(3, 2), torch.zeros(4).bool(), torch.zeros(4, 1, 1)]
+)
+def test_a_bias_on_plain_edges_is_checked_as_on_a_relation(bias):
+    layer, tokens, states = HybridAttention((3, 8)), torch.randn(4, 3), torch.randn(2, 8)
+    edge_index = torch.tensor([[0, 1, 2, 3], [0, 0, 1, 1]])
+    with pytest.raises(ValueError, match="bias must"):
+        layer((tokens, states), edge_index, bias=bias)
+
+
+def test_other_dtypes_are_named():
+    layer, edge_index = HybridAttention((3, 8)), torch.tensor([[0, 1], [0, 0]])
+    with pytest.raises(ValueError, match="but the layer is"):
+        layer((torch.randn(4, 3).double(), torch.randn(2, 8)), edge_index)
+    x = (torch.randn(4, 3), torch.randn(2, 8))
+    torch.testing.assert_close(layer(x, edge_index.int()), layer(x, edge_index))

@@ -178,3 +178,9 @@ def test_ragged_partition_compiles_without_a_graph_break():
     explanation = torch._dynamo.explain(layer)(torch.randn(11, 8), None, nodes)
     torch._dynamo.reset()
     assert explanation.graph_break_count == 0, explanation.break_reasons
+
+
+@pytest.mark.parametrize("batch", [None, Partition.uniform(2, 3)])
+def test_refuses_another_number_of_graphs(batch):
+    with pytest.raises(ValueError, match=r"batch_size is 7, but batch stands for \d graphs"):
+        MemoryConv(8, 4, 2)(torch.randn(6, 8), None, batch, batch_size=7)

@@ -142,3 +142,31 @@ def test_readout_refuses_bad_options():
         TokenReadout(-1, 6, 2)
     with pytest.raises(ValueError, match="token_channels must be a positive integer or -1"):
         TokenReadout(0, 6, 2, out_channels=3)
+
+
+def test_flatten_puts_states_where_batch_and_slots_say():
+    pool, x = StatePool("flatten", num_states=2), torch.arange(4.0).view(4, 1)
+    assert pool(x, torch.tensor([0, 1, 0, 1])).tolist() == [[0, 2], [1, 3]]
+    slots = torch.tensor([1, 0, 0, 1])
+    assert pool(x, torch.tensor([0, 0, 1, 1]), slots=slots).tolist() == [[1, 0], [2, 3]]
+
+
+@pytest.mark.parametrize(
+    ("batch", "slots", "message"),
+    [
+        ([0, 0, 0, 1], None, "hold the same slot"),
+        ([0, 0, 1, 1], [0, 2, 1, 1], r"slots must lie in 0..1, but go from 0 to 2"),
+        ([0, 0, 1, 1], [0, 1, -1, 1], r"slots must lie in 0..1, but go from -1 to 1"),
+        ([0, 0, 1, 1], [0, 0, 1, 1], "hold the same slot"),
+        ([0, 0, 1, 1], [0, 1], "slots must have one entry per state, 4"),
+    ],
+)
+def test_flatten_refuses_places_that_do_not_fit(batch, slots, message):
+    slots = None if slots is None else torch.tensor(slots)
+    with pytest.raises(ValueError, match=message):
+        StatePool("flatten", num_states=2)(torch.zeros(4, 1), torch.tensor(batch), slots=slots)
+
+
+def test_many_examples_need_a_batch():
+    with pytest.raises(ValueError, match="3 examples need batch="):
+        StatePool()(torch.zeros(6, 2), None, 3)

@@ -169,8 +169,10 @@ def test_hooks_see_the_messages_and_change_nothing():
         lambda module, inputs, out: seen.append((inputs[0]["alpha"], out))
     )
     torch.testing.assert_close(router(x, relation), plain)
-    assert seen[0][0].shape == (8,)
-    assert seen[0][1].shape == (8, 4)
+    # Every edge is seen, as explainers count them; those that were dropped have weight zero.
+    assert seen[0][0].shape == (12,)
+    assert int((seen[0][0] > 0).sum()) == 8
+    assert seen[0][1].shape == (12, 4)
     handle.remove()
     router(x, relation)
     assert len(seen) == 1

@@ -1,11 +1,15 @@
 """Static rules against plain loops and networkx."""
 
+import copy
+import pickle
+
 import networkx as nx
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import nsm_graph as nsm
 from nsm_graph import topology
 from nsm_graph.topology import NodeSet
 
@@ -139,3 +143,20 @@ def test_wrong_fixed_edges():
     rule = topology.from_edge_index(edge_index)
     with pytest.raises(ValueError, match=r"for examples of 3 nodes, .* have \[3, 4\]; make a"):
         rule(NodeSet.from_counts([4, 3]))
+
+
+@topology.rule
+def everyone_to_the_first(nodes):
+    """Module level, so that it can be found by name."""
+    return torch.stack([torch.arange(nodes.num_nodes), nodes.ptr[nodes.batch]])
+
+
+def test_a_machine_with_a_rule_can_be_pickled():
+    machine = nsm.NeuralStateMachine(
+        2, 4, 3, 1, segment_length=2, heads=2, communication=everyone_to_the_first
+    )
+    x = torch.randn(5, 2)
+    copies = [pickle.loads(pickle.dumps(machine)), copy.deepcopy(machine)]
+    for copied in copies:
+        assert copied.cell.topology is everyone_to_the_first
+        torch.testing.assert_close(copied(x), machine(x))

@@ -144,14 +144,17 @@ def _check_arguments(
         raise ValueError(
             f"relation is on {relation.device}, but query is on {query.device}; use relation.to()"
         )
-    if bias is None:
-        return None
+    return None if bias is None else check_bias(bias, relation.num_edges, query)
+
+
+def check_bias(bias: Tensor, num_edges: int, query: Tensor) -> Tensor:
+    """The bias as ``[E, 1 or H]`` in the dtype of the query ``[N, H, D]``, or a ``ValueError``."""
     if not bias.is_floating_point() or bias.device != query.device:
         raise ValueError(
             f"bias must be floating point on {query.device}, but is {bias.dtype} on {bias.device}; "
             f"0 keeps an edge and -inf removes it"
         )
-    num_edges, heads = relation.num_edges, query.size(1)
+    heads = query.size(1)
     if bias.shape not in ((num_edges,), (num_edges, 1), (num_edges, heads)):
         raise ValueError(
             f"bias must have shape ({num_edges},), ({num_edges}, 1) or ({num_edges}, {heads}), but "
