@@ -175,7 +175,7 @@ class StateMachineCell(nn.Module):
             place: Index of each token inside its segment, ``[T]``.
             relation: Tokens -> (group, state), all segments.
             importance: Learnable importance of every slot, ``[M]``.
-            slots: Active slots; ``None`` for all.
+            slots: Active slots; ``None`` for all, in order.
 
         Returns:
             The inputs of all segments together, and the routing weights ``[E]``.
@@ -246,20 +246,22 @@ class StateMachineCell(nn.Module):
         """Adds to each step who its states talk to: a relation, or nodes for a dynamic rule."""
         if self.topology is None:
             return inputs
-        known: dict[int, Relation] = {}
-        connected = []
-        for step, segment in enumerate(inputs):
-            num_rows = segment.relation.num_dst
-            num_examples = num_rows // slots.numel()
-            rows = Partition.uniform(num_examples, slots.numel(), slots.device)
-            nodes = NodeSet(rows, slots=slots.repeat(num_examples), step=step)
-            if self.topology.is_dynamic:
-                connected.append(segment._replace(nodes=nodes))
-                continue
-            if num_rows not in known:
-                known[num_rows] = self.topology(nodes)
-            connected.append(segment._replace(talks=known[num_rows]))
-        return connected
+
+        def nodes(num_rows: int, step: int) -> NodeSet:
+            rows = Partition.uniform(num_rows // slots.numel(), slots.numel(), slots.device)
+            return NodeSet(rows, slots=slots.repeat(rows.num_examples), step=step)
+
+        num_rows = [segment.relation.num_dst for segment in inputs]
+        if self.topology.is_dynamic:
+            return [
+                segment._replace(nodes=nodes(rows, step))
+                for step, (segment, rows) in enumerate(zip(inputs, num_rows, strict=True))
+            ]
+        talks = {rows: self.topology(nodes(rows, 0)) for rows in set(num_rows)}
+        return [
+            segment._replace(talks=talks[rows])
+            for segment, rows in zip(inputs, num_rows, strict=True)
+        ]
 
     # Inside the loop ############################################################
 

@@ -68,7 +68,7 @@ class Topology:
     the first without the second, and ``~a`` all others inside each example.
     """
 
-    #: Whether the rule reads the current states and must be asked again at every step.
+    #: Whether the rule reads the current states or the step, and must be asked at every step.
     is_dynamic: bool = False
 
     def __call__(self, nodes: NodeSet) -> Relation:
@@ -172,7 +172,7 @@ def rule(
 
     Args:
         function: Takes a :class:`NodeSet`, returns a relation or an ``edge_index`` over its nodes.
-        is_dynamic: Whether it reads ``nodes.x`` and must be asked at every step.
+        is_dynamic: Whether it reads ``nodes.x`` or ``nodes.step`` and must be asked at every step.
 
     Example:
         >>> @rule
