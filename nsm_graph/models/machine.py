@@ -355,7 +355,9 @@ class NeuralStateMachine(nn.Module):
         if isinstance(self.head, ExampleHead):
             rows = Partition.uniform(state.num_examples, state.slots.numel(), state.slots.device)
             return self.head(state.states, rows.batch, state.num_examples, state.slots), None
-        seen = reading.before if self.head.causal else reading.after
+        seen = torch.cat(
+            [state.states[:0], *(reading.before if self.head.causal else reading.after)]
+        )
         out, tokens = self.head(reading.tokens, seen, reading.relation.reverse(), reading.reads)
         if reading.token_order is None:
             return out, tokens

@@ -90,8 +90,8 @@ class Reading:
     tokens: Tensor  #: ``[T, C_t]``, as they were last read
     token_order: Tensor | None  #: which input token stands at each place; None = as given
     relation: Relation  #: tokens -> the state rows of `before` and `after`, complete
-    before: Tensor  #: ``[G N, C]``, the states that each group of tokens met
-    after: Tensor  #: ``[G N, C]``, the states that it left
+    before: list[Tensor]  #: ``[G N, C]`` in pieces, the states that each group of tokens met
+    after: list[Tensor]  #: ``[G N, C]`` in pieces, the states that it left
     reads: Tensor | None  #: ``[T, C_t]``, the scan's per-token reads
     routes: Relation  #: the edges of `weights`; sparse where the router made them so
     weights: Tensor | None  #: ``[E]``, routing weights
