@@ -57,6 +57,11 @@ class Partition:
         """The example of every row, ``[num_rows]``."""
         return torch.repeat_interleave(self.ptr.diff(), output_size=self.num_rows)
 
+    @property
+    def place(self) -> Tensor:
+        """The index of every row inside its example, ``[num_rows]``."""
+        return torch.arange(self.num_rows, device=self.ptr.device) - self.ptr[self.batch]
+
     def pad(self, rows: Tensor) -> Tensor:
         """``[num_rows, ...]`` -> ``[B, max_count, ...]``, zeros where an example has fewer rows."""
         if self.is_uniform:

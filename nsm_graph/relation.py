@@ -228,6 +228,11 @@ class Relation:
         mask[self.edge_index[1]] = True
         return mask
 
+    @property
+    def reaches_every_target(self) -> bool:
+        """Whether an edge is known to enter every target, without looking at the edges."""
+        return self.is_complete and self.sources is not None and self.sources.min_count > 0
+
     def _implied_edges(self) -> Tensor:
         assert self.sources is not None
         assert self.targets is not None

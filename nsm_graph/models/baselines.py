@@ -233,8 +233,7 @@ class TransformerBaseline(Baseline):
         if layout.num_rows == 0:
             empty = tokens.new_zeros(layout.num_examples, self.channels)
             return (empty if self.head == "example" else tokens), None
-        index = torch.arange(layout.num_rows, device=tokens.device) - layout.ptr[layout.batch]
-        hidden = layout.pad(self.position(tokens, index))
+        hidden = layout.pad(self.position(tokens, layout.place))
         # The first column is never hidden: a softmax over nothing is NaN, and what an example
         # without tokens would read is dropped by `unpad`.
         is_hidden = ~layout.mask()

@@ -12,7 +12,6 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from nsm_graph.models.segments import Step
 from nsm_graph.nn import (
     HybridAttention,
     Propagated,
@@ -200,25 +199,21 @@ class StateMachineCell(nn.Module):
                 relative = self.relative(place)[relation.edge_index[0]]
                 bias = relative if bias is None else bias + relative
         scan = None if self.scan is None else self.scan.hoist(x)
-        mask = None
-        if not (relation.is_complete and relation.sources.min_count > 0):
-            mask = relation.has_in_edge  # an empty graph, or a state that top_k left out
+        # An empty graph, or a state that top_k left out, has no edge and keeps its value.
+        mask = None if relation.reaches_every_target else relation.has_in_edge
         inputs = SegmentInputs(relation, routed, key, value, bias, scan, mask, None, None)
         return inputs, weights
 
-    def split(self, inputs: SegmentInputs, steps: list[Step]) -> list[SegmentInputs]:
+    def split(self, inputs: SegmentInputs, steps: list[Relation]) -> list[SegmentInputs]:
         """Cuts what was hoisted into the slices that the steps read.
 
         Each tensor is split once: indexing it inside the loop would zero-fill the whole of it in
         every backward step, which is quadratic in the number of segments.
         """
-        num_states = inputs.relation.num_dst // max(sum(step.num_groups for step in steps), 1)
-        num_tokens = [step.num_tokens for step in steps]
-        num_rows = [step.num_groups * num_states for step in steps]
-        if inputs.relation.is_complete:
-            relations = [step.relation for step in steps]
-        else:
-            relations = _split_relation(inputs.relation, [step.relation for step in steps])
+        num_tokens = [step.num_src for step in steps]
+        num_rows = [step.num_dst for step in steps]
+        is_complete = inputs.relation.is_complete
+        relations = steps if is_complete else _split_relation(inputs.relation, steps)
         num_edges = [relation.num_edges for relation in relations]
 
         # A compiled cell would look at where a view lies in its base, and compile again for that.

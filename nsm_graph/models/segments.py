@@ -17,16 +17,6 @@ from nsm_graph.relation import Relation
 
 
 @dataclass(frozen=True, eq=False)
-class Step:
-    """What one step of the loop reads."""
-
-    num_examples: int  #: the first so many examples in reading order
-    num_tokens: int
-    num_groups: int  #: equals num_examples; named for slicing group-wise tensors
-    relation: Relation  #: this step's tokens -> states, complete
-
-
-@dataclass(frozen=True, eq=False)
 class SegmentPlan:
     """The reading order of a batch of B examples with N states each.
 
@@ -35,18 +25,16 @@ class SegmentPlan:
         example_order: ``[B]``, which example stands at each rank.
         place: ``[T]``, index of each token inside its segment, in reading order.
         index: ``[T]``, index of each token inside its example, in reading order.
-        groups: All segments, as a partition of the reordered tokens.
         relation: All segments at once: tokens -> (group, state), for what is hoisted.
-        steps: One entry for each step of the loop.
+        steps: What each step of the loop reads: its tokens -> the states of the first examples.
     """
 
     token_order: Tensor
     example_order: Tensor
     place: Tensor
     index: Tensor
-    groups: Partition
     relation: Relation
-    steps: list[Step]
+    steps: list[Relation]
 
     @property
     def group_example(self) -> Tensor:
@@ -83,17 +71,15 @@ def plan_segments(
     first_token = (count.cumsum(0) - count)[example_order]
     token_order = first_token[group_rank[group_of]] + index
 
-    steps = _make_steps(group_count, is_active.sum(1).tolist(), segment_length, num_states, device)
-    groups = _partition(group_count, segment_length, device)
+    groups = _partition(group_count, device)
     states = Partition.uniform(group_count.numel(), num_states, device)
     return SegmentPlan(
         token_order.to(device),
         example_order.to(device),
         place.to(device),
         index.to(device),
-        groups,
         Relation.between(groups, states),
-        steps,
+        _make_steps(group_count, is_active.sum(1).tolist(), segment_length, num_states, device),
     )
 
 
@@ -103,26 +89,21 @@ def _make_steps(
     segment_length: int,
     num_states: int,
     device: torch.device,
-) -> list[Step]:
-    steps: list[Step] = []
-    full_steps: dict[int, Step] = {}
+) -> list[Relation]:
+    steps: list[Relation] = []
+    full_steps: dict[int, Relation] = {}  # steps of as many full segments share one relation
     for count in group_count.split(num_active):
         num_examples = count.numel()
         is_full = int(count.min()) == segment_length
         step = full_steps.get(num_examples) if is_full else None
         if step is None:
-            tokens = _partition(count, segment_length, device)
             states = Partition.uniform(num_examples, num_states, device)
-            relation = Relation.between(tokens, states)
-            step = Step(num_examples, tokens.num_rows, num_examples, relation)
+            step = Relation.between(_partition(count, device), states)
             if is_full:
                 full_steps[num_examples] = step
         steps.append(step)
     return steps
 
 
-def _partition(count: Tensor, segment_length: int, device: torch.device) -> Partition:
-    if count.numel() > 0 and int(count.min()) == segment_length:
-        return Partition.uniform(count.numel(), segment_length, device)
-    ptr = torch.cat([count.new_zeros(1), count.cumsum(0)])
-    return Partition.from_ptr(ptr).to(device)
+def _partition(count: Tensor, device: torch.device) -> Partition:
+    return Partition.from_ptr(torch.cat([count.new_zeros(1), count.cumsum(0)])).to(device)

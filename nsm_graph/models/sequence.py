@@ -48,7 +48,7 @@ def read_sequence(
     )
     rank = torch.argsort(plan.example_order)
     num_read = torch.zeros_like(state.num_tokens).index_add(
-        0, plan.group_example, plan.groups.ptr.diff()
+        0, plan.group_example, plan.relation.sources.ptr.diff()
     )
     new_state = MachineState(
         _reorder(trace.states, rank, num_states),
@@ -85,8 +85,8 @@ def _fill(
     record: Record, plan: SegmentPlan, trace: Trace, weights: Tensor | None, relations: list
 ) -> None:
     num_steps = len(plan.steps)
-    record.examples += [plan.example_order[: step.num_groups] for step in plan.steps]
-    record.tokens += plan.token_order.split([step.num_tokens for step in plan.steps])
+    record.examples += [plan.example_order[: step.num_examples] for step in plan.steps]
+    record.tokens += plan.token_order.split([step.num_src for step in plan.steps])
     record.relations += relations
     sizes = [relation.num_edges for relation in relations]
     record.routing += [None] * num_steps if weights is None else weights.split(sizes)

@@ -129,7 +129,7 @@ class MemoryConv(nn.Module):
             edges = (edge_index,) if edge_attr is None else (edge_index, edge_attr)
             x = x + self.conv(x, *edges)
         update = self.router(x, writes) + self.attention((x, state), writes)
-        mask = None if writes.is_uniform and writes.num_edges > 0 else writes.has_in_edge
+        mask = None if writes.reaches_every_target else writes.has_in_edge
         state = self.propagator(state, update, mask=mask).state
         state = self.communication(state, talks)
         x = self.norm(x + self.readout((state, x), writes.reverse()))

@@ -56,8 +56,7 @@ class NodeSet:
     @property
     def position(self) -> Tensor:
         """The index of every node inside its example, ``[N]``."""
-        batch = self.batch
-        return torch.arange(self.num_nodes, device=batch.device) - self.ptr[batch]
+        return self.nodes.place
 
 
 class Topology:

@@ -91,14 +91,15 @@ def evaluate_run(config: Config, run: Path, length: int | None = None) -> dict[s
     if length is not None and length < 1:
         raise ValueError(f"--length: expected at least 1; got {length}")
     splits = load_data(config)
-    symbols = read_meta(run / "checkpoint").get("symbols")
+    meta = read_meta(run / "checkpoint")
+    symbols = meta.get("symbols")
     if symbols != splits.info.symbols:
         raise ValueError(
             f"data.path: expected the {len(symbols or [])} characters of the text of the training; "
             f"got {len(splits.info.symbols or [])}; symbols are numbered by the text"
         )
     model = build_model(config, splits.info)
-    meta, _ = load_checkpoint(run / "checkpoint", model)
+    load_checkpoint(run / "checkpoint", model)
     test = (
         splits.test
         if length is None
