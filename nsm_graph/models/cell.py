@@ -6,6 +6,8 @@ only is computed for all segments at once by :meth:`StateMachineCell.hoist`, bef
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple, Protocol
 
@@ -31,14 +33,32 @@ MIXES = ("sum", "bias", "attention", "routing")
 
 
 class Scan(Protocol):
-    """The seam for an ordered stage: what a module must offer to be a cell's ``scan``."""
+    """What a module must offer to be a cell's ordered stage; ``nn.SegmentScan`` does.
 
-    def hoist(self, x: Tensor) -> Tensor:
-        """Whatever depends on tokens only: ``[T, C_t] -> [T, ...]``, in reading order."""
+    ``gated_channels`` are the last channels of each state: the documented update reads all and
+    writes only these. The others belong to the scan.
+    """
+
+    gated_channels: int
+    gated_dropout: float  #: share of examples whose gated channels read-outs miss in training
+
+    def convolve(self, x: Tensor, examples: Partition, tail: Tensor | None) -> Tensor:
+        """Tokens that know the one before; ``tail`` holds the last one of the call before."""
         ...
 
-    def __call__(
-        self, states: Tensor, hoisted: Tensor, relation: Relation
+    def hoist(
+        self,
+        x: Tensor,
+        relation: Relation,
+        weights: Tensor | None,
+        slots: Tensor | None,
+        reads: bool,
+    ) -> tuple:
+        """Whatever depends on tokens only: a (nested) tuple of tensors, one entry per group."""
+        ...
+
+    def advance(
+        self, states: Tensor, hoisted: tuple, relation: Relation
     ) -> tuple[Tensor, Tensor | None]:
         """States ``[N, C]`` after the segment, and per-token reads ``[T, C_t]`` (or None)."""
         ...
@@ -52,7 +72,7 @@ class SegmentInputs(NamedTuple):
     key: Tensor | None  #: ``[T, C]``
     value: Tensor | None  #: ``[T, C]``
     bias: Tensor | None  #: ``[E, 1 or H]``, added to the attention scores
-    scan: Tensor | None  #: ``[T, ...]``, what the scan hoisted
+    scan: tuple | None  #: what the scan hoisted
     mask: Tensor | None  #: ``[N]``, states that at least one edge enters; None = all
     talks: Relation | None  #: states -> states; None where dynamic or off
     nodes: NodeSet | None  #: for a dynamic topology
@@ -76,6 +96,9 @@ class StateMachineCell(nn.Module):
         u &= \mathrm{route}(x) + \mathrm{attend}(s, x) \quad \text{(} \mathtt{mix} \text{)} \\
         s &\leftarrow \mathrm{propagate}(s, u) \\
         s &\leftarrow \mathrm{communicate}(s) \quad \text{(optional)}
+
+    With a scan that keeps heads to itself, propagation and communication read every channel and
+    write the gated ones, so that they cannot blur what the scan knows exactly.
 
     Args:
         token_channels: Size of each token.
@@ -142,9 +165,15 @@ class StateMachineCell(nn.Module):
         if mix == "bias":
             # Routing acts as a prior on attention; its sums, and their projection, are not used.
             self.router.lin_out.requires_grad_(False)
-        self.propagator = StatePropagator(state_channels, cell=cell)
+        gated = state_channels if scan is None else scan.gated_channels
+        #: Channels that only the scan writes: the first of each state.
+        self.kept_channels = state_channels - gated
+        self.propagator = StatePropagator(
+            gated, cell=cell, input_channels=state_channels + self.kept_channels
+        )
         if communication is not None:
-            self.communication = StateCommunication(state_channels, heads)
+            gated_heads = math.gcd(gated, heads * gated // state_channels or 1)
+            self.communication = StateCommunication(gated, gated_heads)
         hide_from_explainers(self.router, self.attention, self.communication)
         self.rotary = self.relative = None
         if position == "rotary":
@@ -166,6 +195,9 @@ class StateMachineCell(nn.Module):
         relation: Relation,
         importance: Tensor,
         slots: Tensor | None,
+        *,
+        scan_tokens: Tensor | None = None,
+        scan_reads: bool = False,
     ) -> tuple[SegmentInputs, Tensor | None]:
         """Everything that depends on tokens only, for all segments in one call each.
 
@@ -175,11 +207,14 @@ class StateMachineCell(nn.Module):
             relation: Tokens -> (group, state), all segments.
             importance: Learnable importance of every slot, ``[M]``.
             slots: Active slots; ``None`` for all, in order.
+            scan_tokens: What the scan reads, ``[T, C_t]``: tokens without positions.
+            scan_reads: Whether tokens are to read from the scan.
 
         Returns:
             The inputs of all segments together, and the routing weights ``[E]``.
         """
-        routed = key = value = bias = weights = None
+        routed = key = value = bias = weights = scan = None
+        groups = relation
         if self.router is not None:
             logits = self.router.logits(x, importance, slots)
             routing = self.router.route(x, logits, relation)
@@ -198,7 +233,11 @@ class StateMachineCell(nn.Module):
             if self.relative is not None:
                 relative = self.relative(place)[relation.edge_index[0]]
                 bias = relative if bias is None else bias + relative
-        scan = None if self.scan is None else self.scan.hoist(x)
+        if self.scan is not None:
+            scan_tokens = x if scan_tokens is None else scan_tokens
+            # What top_k dropped has weight zero.
+            dense = None if weights is None else groups.from_dense(relation.to_dense(weights))
+            scan = self.scan.hoist(scan_tokens, groups, dense, slots, scan_reads)
         # An empty graph, or a state that top_k left out, has no edge and keeps its value.
         mask = None if relation.reaches_every_target else relation.has_in_edge
         inputs = SegmentInputs(relation, routed, key, value, bias, scan, mask, None, None)
@@ -223,6 +262,9 @@ class StateMachineCell(nn.Module):
         def cut(rows: Tensor | None, sizes: list[int]) -> list[Tensor] | list[None]:
             return [None] * len(steps) if rows is None else list(split(rows, sizes))
 
+        scans: list[tuple] | list[None] = [None] * len(steps)
+        if inputs.scan is not None:
+            scans = _cut_nested(inputs.scan, [step.num_examples for step in steps], split)
         return [
             SegmentInputs(relation, routed, key, value, bias, scan, mask, None, None)
             for relation, routed, key, value, bias, scan, mask in zip(
@@ -231,7 +273,7 @@ class StateMachineCell(nn.Module):
                 cut(inputs.key, num_tokens),
                 cut(inputs.value, num_tokens),
                 cut(inputs.bias, num_edges),
-                cut(inputs.scan, num_tokens),
+                scans,
                 cut(inputs.mask, num_rows),
                 strict=True,
             )
@@ -270,7 +312,7 @@ class StateMachineCell(nn.Module):
         """One segment; see the class."""
         reads = alpha = None
         if self.scan is not None:
-            states, reads = self.scan(states, inputs.scan, inputs.relation)
+            states, reads = self.scan.advance(states, inputs.scan, inputs.relation)
 
         update = inputs.routed
         if self.attention is not None:
@@ -286,15 +328,35 @@ class StateMachineCell(nn.Module):
             attended = self.attention.lin_out(attended)
             update = attended if update is None else update + attended
 
-        propagated = self.propagator(states, update, cell, mask=inputs.mask)
-        states, talks = propagated.state, inputs.talks
+        kept, gated = states[:, : self.kept_channels], states[:, self.kept_channels :]
+        if self.kept_channels > 0:
+            assert update is not None
+            update = torch.cat([update, kept], dim=1)
+        propagated = self.propagator(gated, update, cell, mask=inputs.mask)
+        gated, talks = propagated.state, inputs.talks
         if self.communication is not None:
             if talks is None:
                 assert self.topology is not None
                 assert inputs.nodes is not None
-                talks = self.topology(replace(inputs.nodes, x=states))
-            states = self.communication(states, talks)
+                x = torch.cat([kept, gated], dim=1) if self.kept_channels > 0 else gated
+                talks = self.topology(replace(inputs.nodes, x=x))
+            gated = self.communication(gated, talks)
+        states = torch.cat([kept, gated], dim=1) if self.kept_channels > 0 else gated
         return CellOutput(propagated, states, reads, alpha, talks)
+
+
+def _cut_nested(tree: tuple, sizes: list[int], split: Callable) -> list:
+    """Cuts every tensor of a nested tuple along its first dimension: one tuple for each size."""
+
+    def cut(leaf: Tensor | tuple | None) -> list:
+        if isinstance(leaf, Tensor):
+            return list(split(leaf, sizes))
+        if isinstance(leaf, tuple):
+            make = getattr(leaf, "_make", tuple)  # named tuples stay what they are
+            return [make(row) for row in zip(*(cut(field) for field in leaf), strict=True)]
+        return [leaf] * len(sizes)
+
+    return cut(tree)
 
 
 def _split_relation(relation: Relation, steps: list[Relation]) -> list[Relation]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch_geometric.data import HeteroData
 
@@ -18,7 +20,12 @@ from nsm_graph.models.options import check_input, check_options
 from nsm_graph.models.segments import SegmentPlan, plan_segments
 from nsm_graph.models.sequence import read_sequence
 from nsm_graph.models.state import MachineOutput, MachineState, Reading, Record
-from nsm_graph.nn import GraphPosition, LearnedPosition, SinusoidalPosition
+from nsm_graph.nn import (
+    GraphPosition,
+    LearnedPosition,
+    SinusoidalPosition,
+    TokenConvolution,
+)
 from nsm_graph.partition import Partition
 from nsm_graph.relation import Relation
 from nsm_graph.topology import Topology, complete
@@ -52,8 +59,8 @@ class NeuralStateMachine(nn.Module):
         communication: Topology of the state-state graph; ``None`` for no communication.
             (default: :obj:`nsm_graph.topology.complete()`)
         pool: ``"mean"``, ``"flatten"`` or ``"attention"``. (default: :obj:`"mean"`)
-        scan: An ordered stage before gathering, see :class:`nsm_graph.models.cell.Scan`.
-            (default: :obj:`None`)
+        scan: An ordered stage before gathering: :class:`nsm_graph.nn.SegmentScan`, or a module
+            of your own (:class:`nsm_graph.models.cell.Scan`). (default: :obj:`None`)
         num_embeddings: Number of symbols (one number, or one for each column); ``None`` for
             features. (default: :obj:`None`)
         token_channels: Size of an embedded token; ``None`` for that of a state.
@@ -61,8 +68,8 @@ class NeuralStateMachine(nn.Module):
         head: ``"example"`` (classification, regression), ``"token"`` (labels) or ``"next_token"``
             (causal). (default: :obj:`"example"`)
         position: ``"learned"``, ``"rotary"`` or ``"relative"`` inside a segment, ``"sinusoidal"``
-            along the stream, or ``None``; ``"auto"`` is learned for sequences and none for graphs.
-            (default: :obj:`"auto"`)
+            along the stream, or ``None``; ``"auto"`` is learned for sequences without a scan, else
+            none. The scan itself reads tokens without positions. (default: :obj:`"auto"`)
         top_k: States that each token keeps; ``None`` for all. (default: :obj:`None`)
         routing_reduce: ``"sum"`` as documented, or ``"mean"``. (default: :obj:`"sum"`)
         separate_values: Project values apart from keys. (default: :obj:`False`)
@@ -133,12 +140,14 @@ class NeuralStateMachine(nn.Module):
         token_channels = state_channels if token_channels is None else token_channels
         max_states = num_states if max_states is None else max_states
         if position == "auto":
-            position = None if segment_length is None else "learned"
+            # A scan knows the order inside a segment, of whatever length; places would not.
+            position = "learned" if segment_length is not None and scan is None else None
         check_options(
             in_channels=in_channels,
             state_channels=state_channels,
             token_channels=token_channels,
             out_channels=out_channels,
+            num_states=max_states,
             segment_length=segment_length,
             num_steps=num_steps,
             head=head,
@@ -232,10 +241,17 @@ class NeuralStateMachine(nn.Module):
         edge_index: Tensor | None = None,
         edge_attr: Tensor | None = None,
         pe: Tensor | None = None,
+        segment_length: int | None = None,
     ) -> Tensor:
         """The prediction, nothing else; see :meth:`run` for the arguments."""
         return self.run(
-            x, batch, batch_size=batch_size, edge_index=edge_index, edge_attr=edge_attr, pe=pe
+            x,
+            batch,
+            batch_size=batch_size,
+            edge_index=edge_index,
+            edge_attr=edge_attr,
+            pe=pe,
+            segment_length=segment_length,
         ).out
 
     def run(
@@ -265,7 +281,8 @@ class NeuralStateMachine(nn.Module):
             edge_index: Edges among the tokens, for ``conv``. (default: :obj:`None`)
             edge_attr: Their features or symbols. (default: :obj:`None`)
             pe: Positional encoding of a graph's nodes. (default: :obj:`None`)
-            segment_length: Read so many tokens at a time in this call. (default: :obj:`None`)
+            segment_length: Read so many tokens at a time in this call; with a scan any number, in
+                training and in use. (default: :obj:`None`)
             record: Keep routing, attention, gates and states of every step.
                 (default: :obj:`False`)
         """
@@ -284,13 +301,16 @@ class NeuralStateMachine(nn.Module):
                 state.slots.numel(),
                 tokens.device,
             )
+            scan_tokens, tail = self._scan_tokens(tokens, plan, ptr, state)
             tokens = self._add_position(tokens[plan.token_order], plan, ptr, state)
             reading = read_sequence(
                 self.cell,
                 self.dropout(tokens),
                 plan,
-                state,
+                replace(state, tail=tail),
                 self.manager.importance,
+                scan_tokens=scan_tokens,
+                scan_reads=isinstance(self.head, TokenHead),
                 bptt_segments=self.bptt_segments,
                 checkpoint_segments=self.checkpoint_segments,
                 record=notes,
@@ -325,9 +345,22 @@ class NeuralStateMachine(nn.Module):
 
     def _initial_state(self, num_examples: int) -> MachineState:
         states = self.manager.initial(num_examples)
-        cell = torch.zeros_like(states) if self.cell.propagator.cell == "lstm" else None
+        cell = None
+        if self.cell.propagator.cell == "lstm":
+            cell = torch.zeros_like(states[:, self.cell.kept_channels :])
         num_tokens = torch.zeros(num_examples, dtype=torch.long, device=states.device)
         return MachineState(states, cell, num_tokens, self.manager.slots)
+
+    def _scan_tokens(
+        self, tokens: Tensor, plan: SegmentPlan, ptr: Tensor, state: MachineState
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """What the scan reads, in reading order, and the last token of each stream."""
+        if self.cell.scan is None:
+            return None, None
+        examples = Partition.from_ptr(ptr)
+        convolved = self.cell.scan.convolve(self.dropout(tokens), examples, state.tail)
+        tail = TokenConvolution.next_tail(tokens, examples, state.tail)
+        return convolved[plan.token_order], tail
 
     def _add_position(
         self, tokens: Tensor, plan: SegmentPlan, ptr: Tensor, state: MachineState
@@ -350,14 +383,35 @@ class NeuralStateMachine(nn.Module):
             mass, slots = mass[has_tokens], slots[has_tokens]
         self.manager.update_importance(mass, slots)
 
+    def _hide_gated(self, states: Tensor, example: Tensor, num_examples: int) -> Tensor:
+        """In training with a scan: zeroes what the gates wrote, for some of the examples.
+
+        What gates know of short sequences would otherwise be a shortcut past the scan, which alone
+        holds at any length.
+        """
+        kept, scan = self.cell.kept_channels, self.cell.scan
+        if scan is None or kept == 0 or not self.training or scan.gated_dropout == 0:
+            return states
+        is_shown = torch.rand(num_examples, device=states.device) >= scan.gated_dropout
+        shown = is_shown.to(states.dtype)[example].unsqueeze(1)
+        return torch.cat([states[:, :kept], states[:, kept:] * shown], dim=1)
+
     def _predict(self, reading: Reading) -> tuple[Tensor, Tensor | None]:
         state = reading.state
+        num_examples, num_states = state.num_examples, state.slots.numel()
         if isinstance(self.head, ExampleHead):
-            rows = Partition.uniform(state.num_examples, state.slots.numel(), state.slots.device)
-            return self.head(state.states, rows.batch, state.num_examples, state.slots), None
+            rows = Partition.uniform(num_examples, num_states, state.slots.device)
+            states = self._hide_gated(state.states, rows.batch, num_examples)
+            return self.head(states, rows.batch, num_examples, state.slots), None
         seen = torch.cat(
             [state.states[:0], *(reading.before if self.head.causal else reading.after)]
         )
+        if self.cell.scan is not None and reading.groups is not None:
+            # The scan's channels reach a token through its own read, in order: the states from
+            # before or after its segment would make a difference of where segments end.
+            seen = F.pad(seen[:, self.cell.kept_channels :], (self.cell.kept_channels, 0))
+            example = reading.groups.repeat_interleave(num_states)
+            seen = self._hide_gated(seen, example, num_examples)
         out, tokens = self.head(reading.tokens, seen, reading.relation.reverse(), reading.reads)
         if reading.token_order is None:
             return out, tokens

@@ -15,6 +15,8 @@ from nsm_graph.nn.checks import check_choice
 from nsm_graph.nn.positional import SEQUENCE_POSITIONS
 from nsm_graph.partition import ptr_from_batch
 
+SCAN_PARTS = ("convolve", "hoist", "advance", "gated_channels", "gated_dropout")
+
 if TYPE_CHECKING:
     from nsm_graph.models.machine import NeuralStateMachine
 
@@ -27,6 +29,7 @@ def check_options(
     head: str,
     position: str | None,
     scan: nn.Module | None,
+    num_states: int,
     conv: object,
     edge_embeddings: int | None,
     edge_channels: int | None,
@@ -58,11 +61,6 @@ def check_options(
         raise ValueError(f"dropout must lie in [0, 1), but is {dropout}")
     check_choice("head", head, HEADS)
     check_choice("position", position, SEQUENCE_POSITIONS)
-    if scan is not None and not hasattr(scan, "hoist"):
-        raise ValueError(
-            f"scan must be a module with a method hoist (see nsm_graph.models.cell.Scan) or None, "
-            f"but is {type(scan).__name__}"
-        )
     if edge_embeddings is not None and edge_channels is not None:
         raise ValueError("edge_embeddings (symbols) and edge_channels (features) exclude another")
     if segment_length is None:
@@ -70,6 +68,8 @@ def check_options(
         if conv is None and (edge_embeddings or edge_channels):
             raise ValueError("edge_embeddings and edge_channels are for conv=, which is None")
         return
+    if scan is not None:
+        _check_scan(scan, num_states=num_states, **sizes)
     for_graphs = {
         "num_steps": num_steps,
         "conv": conv,
@@ -82,6 +82,23 @@ def check_options(
             raise ValueError(
                 f"{name} is for graphs, but segment_length={segment_length} asks for sequences; "
                 f"use segment_length=None"
+            )
+
+
+def _check_scan(scan: nn.Module, **sizes: int) -> None:
+    lacking = [name for name in SCAN_PARTS if not hasattr(scan, name)]
+    if lacking:
+        raise ValueError(
+            f"scan must be an nn.SegmentScan, a module with what nsm_graph.models.cell.Scan lists, "
+            f"or None, but {type(scan).__name__} has no {', '.join(lacking)}"
+        )
+    for name in ("token_channels", "state_channels", "num_states"):
+        built = getattr(scan, name, sizes[name])
+        if built != sizes[name]:
+            slots = " (max_states)" if name == "num_states" else ""
+            raise ValueError(
+                f"scan was built with {name}={built}, but the machine has {sizes[name]}{slots}; "
+                f"build it with {name}={sizes[name]}"
             )
 
 
@@ -204,6 +221,13 @@ def _check_state(machine: NeuralStateMachine, state: MachineState, batch_size: i
         raise ValueError(
             f"state must hold states of shape {shape} {'and' if has_cell else 'without'} a cell, "
             f"but has {tuple(state.states.shape)}; it comes from another machine"
+        )
+    tail = (state.num_examples, machine.token_channels)
+    if state.tail is not None and (machine.cell.scan is None or state.tail.shape != tail):
+        raise ValueError(
+            f"state carries a tail of shape {tuple(state.tail.shape)}, but this machine "
+            f"{'has no scan' if machine.cell.scan is None else f'needs {tail}'}; it comes from "
+            f"another machine"
         )
 
 

@@ -18,6 +18,8 @@ def read_sequence(
     state: MachineState,
     importance: Tensor,
     *,
+    scan_tokens: Tensor | None,
+    scan_reads: bool,
     bptt_segments: int | None,
     checkpoint_segments: int | str | None,
     record: Record | None,
@@ -30,12 +32,22 @@ def read_sequence(
         plan: The reading order.
         state: The memory before, examples in input order.
         importance: Learnable importance of every slot.
+        scan_tokens: What the scan reads, in the same order; ``None`` without one.
+        scan_reads: Whether tokens are to read from the scan.
         bptt_segments: See :func:`nsm_graph.models.loop.read_segments`.
         checkpoint_segments: The same.
         record: To be filled, where given.
     """
     num_states = state.slots.numel()
-    hoisted, weights = cell.hoist(tokens, plan.place, plan.relation, importance, state.slots)
+    hoisted, weights = cell.hoist(
+        tokens,
+        plan.place,
+        plan.relation,
+        importance,
+        state.slots,
+        scan_tokens=scan_tokens,
+        scan_reads=scan_reads,
+    )
     inputs = cell.connect(cell.split(hoisted, plan.steps), state.slots)
     trace = read_segments(
         cell,
@@ -55,6 +67,7 @@ def read_sequence(
         None if trace.cell is None else _reorder(trace.cell, rank, num_states),
         state.num_tokens + num_read,
         state.slots,
+        state.tail,
     )
     if record is not None:
         _fill(record, plan, trace, weights, [step.relation for step in inputs])
@@ -67,6 +80,7 @@ def read_sequence(
         before=trace.before,
         after=trace.after,
         reads=torch.cat(reads) if reads else None,
+        groups=plan.group_example,
         routes=hoisted.relation,
         weights=weights,
     )

@@ -21,12 +21,14 @@ class MachineState:
         cell: ``[B N, C]``, the LSTM's cell; ``None`` for a GRU.
         num_tokens: ``[B]``, tokens that each stream has read so far (the position offset).
         slots: ``[N]``, which slot each row of an example holds.
+        tail: ``[B, C_t]``, the last token of each stream, for a scan's convolution.
     """
 
     states: Tensor
     cell: Tensor | None
     num_tokens: Tensor
     slots: Tensor
+    tail: Tensor | None = None
 
     @property
     def num_examples(self) -> int:
@@ -35,7 +37,8 @@ class MachineState:
     def detach(self) -> MachineState:
         """The same memory without its history: truncated backpropagation through time."""
         cell = None if self.cell is None else self.cell.detach()
-        return replace(self, states=self.states.detach(), cell=cell)
+        tail = None if self.tail is None else self.tail.detach()
+        return replace(self, states=self.states.detach(), cell=cell, tail=tail)
 
     def to(self, device: torch.device | str) -> MachineState:
         """The same memory on another device."""
@@ -44,6 +47,7 @@ class MachineState:
             None if self.cell is None else self.cell.to(device),
             self.num_tokens.to(device),
             self.slots.to(device),
+            None if self.tail is None else self.tail.to(device),
         )
 
     def edit(self, edit: NodeEdit, manager: StateManager) -> MachineState:
@@ -60,7 +64,7 @@ class MachineState:
         cell = None
         if self.cell is not None:
             cell = edit.apply(self.cell.view(shape), dim=1).flatten(0, 1)
-        return MachineState(states, cell, self.num_tokens, edit.slots_after)
+        return replace(self, states=states, cell=cell, slots=edit.slots_after)
 
 
 @dataclass
@@ -95,6 +99,7 @@ class Reading:
     reads: Tensor | None  #: ``[T, C_t]``, the scan's per-token reads
     routes: Relation  #: the edges of `weights`; sparse where the router made them so
     weights: Tensor | None  #: ``[E]``, routing weights
+    groups: Tensor | None = None  #: ``[G]``, the example of each group; None = one each
 
 
 class MachineOutput(NamedTuple):

@@ -20,7 +20,7 @@ HAS_TORCH_SCATTER = find_spec("torch_scatter") is not None
 
 def group_softmax(scores: Tensor, group: Tensor, num_groups: int) -> Tensor:
     """Softmax of ``[E, ...]`` over the edges of each group, stabilised by the group's maximum."""
-    return softmax(_widen(scores), group, num_nodes=num_groups).to(scores.dtype)
+    return softmax(widen(scores), group, num_nodes=num_groups).to(scores.dtype)
 
 
 def masked_group_softmax(scores: Tensor, group: Tensor, num_groups: int) -> Tensor:
@@ -32,7 +32,7 @@ def masked_group_softmax(scores: Tensor, group: Tensor, num_groups: int) -> Tens
 
 def group_sum(values: Tensor, group: Tensor, num_groups: int) -> Tensor:
     """Sum of ``[E, ...]`` over the edges of each group; empty groups give zero."""
-    total = scatter(_widen(values), group, dim=0, dim_size=num_groups, reduce="sum")
+    total = scatter(widen(values), group, dim=0, dim_size=num_groups, reduce="sum")
     return total.to(values.dtype)
 
 
@@ -40,10 +40,11 @@ def group_sum_sorted(values: Tensor, edges: CompressedEdges) -> Tensor:
     """The same through torch-scatter's ``segment_csr``, over edges sorted by group."""
     from torch_scatter import segment_csr
 
-    values_sorted = _widen(values).index_select(0, edges.perm)
+    values_sorted = widen(values).index_select(0, edges.perm)
     return segment_csr(values_sorted, edges.ptr.long(), reduce="sum").to(values.dtype)
 
 
-def _widen(values: Tensor) -> Tensor:
+def widen(values: Tensor) -> Tensor:
+    """16-bit values as float32; others as they are."""
     # In 16 bits a long sum stops growing once its terms fall below half a unit in the last place.
     return values.float() if values.is_floating_point() and values.itemsize < 4 else values

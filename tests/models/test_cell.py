@@ -63,19 +63,26 @@ def test_split_cuts_what_was_hoisted_where_the_steps_are():
 class Running(nn.Module):
     """A scan that adds each token to the state it stands at, and reads the sum so far."""
 
+    gated_channels, gated_dropout = 4, 0.0  # the gates write every channel of the small machine
+
     def __init__(self):
         super().__init__()
         self.scale = nn.Parameter(torch.tensor(0.5))
         self.calls = []
 
-    def hoist(self, x):
-        return x * self.scale
+    def convolve(self, x, examples, tail):
+        return x
 
-    def forward(self, states, hoisted, relation):
-        self.calls.append(hoisted.size(0))
+    def hoist(self, x, relation, weights, slots, reads):
+        # One entry for each group: its tokens, padded.
+        return (relation.sources.pad(x * self.scale),)
+
+    def advance(self, states, hoisted, relation):
+        rows = relation.sources.unpad(hoisted[0][:, : relation.sources.max_count])
+        self.calls.append(rows.size(0))
         src, dst = relation.edge_index
-        added = states.new_zeros(states.shape).index_add(0, dst, hoisted[src])
-        return states + added, hoisted
+        added = states.new_zeros(states.shape).index_add(0, dst, rows[src])
+        return states + added, rows
 
 
 def test_the_seam_for_an_ordered_scan():

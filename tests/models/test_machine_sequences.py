@@ -361,7 +361,10 @@ BAD_OPTIONS = [
     ({"top_k": 1, "mix": "attention"}, 'top_k acts in the router, but mix="attention" has none'),
     ({"communication": "complete"}, "communication must be a topology or None"),
     ({"communication": topology.ring}, "communication must be a topology or None"),
-    ({"scan": torch.nn.Linear(4, 4)}, "scan must be a module with a method hoist"),
+    (
+        {"scan": torch.nn.Linear(4, 4)},
+        "scan must be an nn.SegmentScan.*Linear has no convolve, hoist",
+    ),
     ({"num_steps": 2}, "num_steps is for graphs, but segment_length=3"),
     ({"conv": torch.nn.Identity()}, "conv is for graphs"),
     ({"pe_channels": 2}, "pe_channels is for graphs"),

@@ -1,0 +1,177 @@
+"""The two kinds of heads of a segment scan: what each token does to them (X8)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch_geometric.nn.dense.linear import Linear
+
+from nsm_graph.ops.delta_scan import DeltaSteps
+from nsm_graph.ops.segment import widen
+
+#: How far a gate overshoots the interval [0, 1] before it is cut off there.
+STRETCH = 0.1
+
+
+def hard_gate(logits: Tensor) -> Tensor:
+    r""":math:`\mathrm{clamp}(1.2 \, \sigma(z) - 0.1, 0, 1)`: a gate that closes and opens exactly.
+
+    A million tokens that each leak a thousandth leave nothing; a gate at exactly 0 leaks nothing.
+    """
+    return (logits.sigmoid() * (1 + 2 * STRETCH) - STRETCH).clamp(0, 1)
+
+
+def unit(x: Tensor) -> Tensor:
+    """Rows of norm 1; a row of norm zero stays zero, and its gradient is zero, too."""
+    square = x.square().sum(-1, keepdim=True)
+    is_zero = square < torch.finfo(x.dtype).tiny
+    return (x * square.masked_fill(is_zero, 1.0).rsqrt()).masked_fill(is_zero, 0.0)
+
+
+class TransitionHeads(nn.Module):
+    r"""Heads that compose: every token reflects all states of its example along its own keys.
+
+    .. math::
+        s_j &\leftarrow s_j - \beta_{ir} (k_{ir} \cdot s_j) k_{ir}, \quad r = 1..R,
+        \quad k_{ir} = \mathrm{unit}(W_k x_i), \; \beta \in [0, 2] \\
+        s_j &\leftarrow \alpha_i s_j + \gamma_i w_{ij} v_i \quad \text{(optional)}
+
+    A product of reflections reaches every orthogonal map, so the order of tokens is kept exactly;
+    a token whose gates are closed leaves the states as they are, bit for bit.
+
+    Args:
+        token_channels: Size of each token.
+        heads: Number of these heads.
+        head_channels: Size D of a head.
+        reflections: R, reflections of each token.
+        decay: Whether tokens decay the states (:math:`\alpha`).
+        write: Whether tokens write through routing weights (:math:`\gamma w v`).
+    """
+
+    def __init__(
+        self,
+        token_channels: int,
+        heads: int,
+        head_channels: int,
+        *,
+        reflections: int,
+        decay: bool,
+        write: bool,
+    ) -> None:
+        super().__init__()
+        self.heads, self.head_channels, self.reflections = heads, head_channels, reflections
+        self.lin_key = Linear(token_channels, heads * reflections * head_channels)
+        self.lin_beta = Linear(token_channels, heads * reflections)
+        self.lin_decay = Linear(token_channels, heads) if decay else None
+        self.lin_value = Linear(token_channels, heads * head_channels) if write else None
+        self.lin_write = Linear(token_channels, heads) if write else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for linear in self.children():
+            linear.reset_parameters()
+        # Half open: what a token does to the states is to be learned.
+        nn.init.zeros_(self.lin_beta.bias)
+        # Almost open and almost closed, but not cut off: a gate that is cut off gets no gradient.
+        if self.lin_decay is not None:
+            nn.init.constant_(self.lin_decay.bias, 2.2)
+        if self.lin_write is not None:
+            nn.init.constant_(self.lin_write.bias, -2.0)
+
+    def steps(
+        self, x_BSC: Tensor, weights_BSN: Tensor | None, gate_BSN: Tensor | None
+    ) -> DeltaSteps:
+        """What tokens do to memories of D rows and one column for each state."""
+        heads, width = self.heads, self.head_channels
+        # In 16 bits a key is no unit vector and a reflection no reflection: float32 from here on.
+        key = unit(widen(self.lin_key(x_BSC)).unflatten(-1, (heads, self.reflections, width)))
+        beta = 2 * hard_gate(widen(self.lin_beta(x_BSC)))
+        beta = beta.unflatten(-1, (heads, self.reflections))
+        decay = row = column = None
+        if self.lin_decay is not None:
+            decay = hard_gate(widen(self.lin_decay(x_BSC)))
+        if self.lin_value is not None and self.lin_write is not None:
+            write = hard_gate(widen(self.lin_write(x_BSC))).unsqueeze(-1)
+            row = write * widen(self.lin_value(x_BSC)).unflatten(-1, (heads, width))
+            column = weights_BSN
+        return DeltaSteps(key, beta, None, decay, row, column, gate_BSN)
+
+
+class MemoryHeads(nn.Module):
+    r"""Heads that recall: a delta rule along the states, with one key entry for each slot.
+
+    .. math::
+        S \leftarrow S + \beta_i k_i (v_i - S^\top k_i)^\top, \qquad
+        y_i = S^\top q_i, \qquad k_i, q_i \in \mathbb{R}^N \text{ signed, of unit norm}
+
+    Keys and queries are cut to the active slots of an example and normalised there.
+
+    Args:
+        token_channels: Size of each token.
+        heads: Number of these heads.
+        head_channels: Size D of a head.
+        num_states: Number of slots.
+    """
+
+    #: Tensors indexed by slot; slots come first, heads within a slot.
+    slot_dims = {
+        "lin_key.weight": 0,
+        "lin_key.bias": 0,
+        "lin_query.weight": 0,
+        "lin_query.bias": 0,
+    }
+
+    def __init__(
+        self, token_channels: int, heads: int, head_channels: int, num_states: int
+    ) -> None:
+        super().__init__()
+        self.heads, self.head_channels, self.num_states = heads, head_channels, num_states
+        self.lin_key = Linear(token_channels, num_states * heads)
+        self.lin_query = Linear(token_channels, num_states * heads)
+        self.lin_value = Linear(token_channels, heads * head_channels)
+        self.lin_beta = Linear(token_channels, heads)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for linear in self.children():
+            linear.reset_parameters()
+        nn.init.zeros_(self.lin_beta.bias)
+
+    def reset_slots(self, slots: Tensor) -> None:
+        """Fresh rows of keys and queries for slots that were just allocated."""
+        for linear in (self.lin_key, self.lin_query):
+            fresh = nn.Linear(linear.in_channels, slots.numel() * self.heads)
+            with torch.no_grad():
+                for name in ("weight", "bias"):
+                    rows = getattr(linear, name).unflatten(0, (self.num_states, self.heads))
+                    new = getattr(fresh, name).unflatten(0, (slots.numel(), self.heads))
+                    rows[slots] = new.to(rows)
+
+    def steps(
+        self, x_BSC: Tensor, slots_BN: Tensor | None, mask_BN: Tensor | None
+    ) -> tuple[DeltaSteps, Tensor]:
+        """What tokens do to memories of one row for each state and D columns, and their queries.
+
+        Args:
+            x_BSC: The tokens.
+            slots_BN: The slot of each state; one row for all examples or one each; ``None`` for
+                all slots in order.
+            mask_BN: Which states exist, where examples have different numbers of them.
+        """
+        key = self._entries(widen(self.lin_key(x_BSC)), slots_BN, mask_BN)
+        query = self._entries(widen(self.lin_query(x_BSC)), slots_BN, mask_BN)
+        value = widen(self.lin_value(x_BSC)).unflatten(-1, (self.heads, 1, self.head_channels))
+        beta = hard_gate(widen(self.lin_beta(x_BSC))).unsqueeze(-1)
+        return DeltaSteps(key.unsqueeze(3), beta, value), query
+
+    def _entries(self, table: Tensor, slots_BN: Tensor | None, mask_BN: Tensor | None) -> Tensor:
+        """``[B, S, M heads]`` -> unit vectors ``[B, S, heads, N]``."""
+        table_BSMH = table.unflatten(-1, (self.num_states, self.heads))
+        if slots_BN is not None and slots_BN.size(0) == 1:
+            table_BSMH = table_BSMH[:, :, slots_BN[0]]
+        elif slots_BN is not None:
+            index = slots_BN[:, None, :, None].expand(-1, table.size(1), -1, self.heads)
+            table_BSMH = table_BSMH.gather(2, index)
+        if mask_BN is not None:
+            table_BSMH = table_BSMH * mask_BN[:, None, :, None]
+        return unit(table_BSMH.transpose(2, 3))

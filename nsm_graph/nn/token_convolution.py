@@ -1,0 +1,63 @@
+"""A causal convolution of width two over the tokens of each example (X8)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch_geometric.nn.dense.linear import Linear
+
+from nsm_graph.partition import Partition
+
+
+class TokenConvolution(nn.Module):
+    r"""Lets every token know the one before it: :math:`x_i + W_c [x_{i-1}; x_i]`.
+
+    Before the first token of an example stands its ``tail``, the last token of the call before,
+    or zero.
+
+    Args:
+        token_channels: Size of each token.
+
+    Shapes:
+        - **input:** tokens :math:`(T, C_t)` of B examples, tail :math:`(B, C_t)`
+        - **output:** :math:`(T, C_t)`
+
+    Example:
+        >>> convolution = TokenConvolution(4)
+        >>> convolution(torch.randn(5, 4), Partition.from_ptr(torch.tensor([0, 3, 5]))).shape
+        torch.Size([5, 4])
+    """
+
+    def __init__(self, token_channels: int) -> None:
+        super().__init__()
+        self.token_channels = token_channels
+        self.lin = Linear(2 * token_channels, token_channels)
+
+    def reset_parameters(self) -> None:
+        self.lin.reset_parameters()
+
+    def forward(self, x: Tensor, examples: Partition, tail: Tensor | None = None) -> Tensor:
+        """Runs the forward pass of the module."""
+        return x + self.lin(torch.cat([self.previous(x, examples, tail), x], dim=-1))
+
+    @staticmethod
+    def previous(x: Tensor, examples: Partition, tail: Tensor | None = None) -> Tensor:
+        """The token before each token, ``[T, C_t]``."""
+        if x.size(0) == 0:
+            return x
+        if tail is None:
+            tail = x.new_zeros(examples.num_examples, x.size(1))
+        first = examples.ptr[:-1][examples.ptr.diff() > 0]
+        has_tokens = examples.ptr.diff() > 0
+        shifted = torch.cat([x[:1], x[:-1]])
+        return shifted.index_copy(0, first, tail[has_tokens].to(x))
+
+    @staticmethod
+    def next_tail(x: Tensor, examples: Partition, tail: Tensor | None = None) -> Tensor:
+        """What to hand to the next call: each example's last token, ``[B, C_t]``."""
+        if tail is None:
+            tail = x.new_zeros(examples.num_examples, x.size(1))
+        if x.size(0) == 0:
+            return tail
+        has_tokens = (examples.ptr.diff() > 0).unsqueeze(1)
+        return torch.where(has_tokens, x[(examples.ptr[1:] - 1).clamp(min=0)], tail.to(x))
