@@ -18,7 +18,8 @@ USAGE = """usage: nsm-graph COMMAND ...
 commands:
   train TASK | --config FILE [--seed N] [--out RUN] [--compare gru,lstm,transformer]
                              [--section.key value ...]
-  evaluate RUN [--length L] [--json FILE] [--section.key value ...]
+  evaluate RUN [--length L] [--segment-length S] [--examples N] [--snap N] [--json FILE]
+                             [--section.key value ...]
   info
   --version
 
@@ -105,10 +106,17 @@ def evaluate(argv: list[str]) -> None:
     parser = config_parser(
         "nsm-graph evaluate", "Evaluates the checkpoint of a run on the test split."
     )
-    parser.usage = "nsm-graph evaluate RUN [--length L] [--json FILE] [--section.key value ...]"
-    parser.add_argument(
-        "--length", type=int | None, metavar="L", help="Only the first L tokens of each sequence."
+    parser.usage = (
+        "nsm-graph evaluate RUN [--length L] [--segment-length S] [--examples N] [--snap N] "
+        "[--json FILE] [--section.key value ...]"
     )
+    for name, metavar, text in (
+        ("--length", "L", "Only the first L tokens of each sequence; of a task any length."),
+        ("--segment-length", "S", "Read so many tokens at a time."),
+        ("--examples", "N", "Task: number of sequences."),
+        ("--snap", "N", "Task: draw states to codes derived from N unlabelled sequences."),
+    ):
+        parser.add_argument(name, type=int | None, metavar=metavar, help=text)
     parser.add_argument("--json", metavar="FILE", help="Also writes the metrics there.")
     if any(word in ("-h", "--help") for word in argv):
         parser.print_help()
@@ -132,7 +140,8 @@ def evaluate(argv: list[str]) -> None:
 
     check_same_run(trained, config)
 
-    metrics = json.dumps(evaluate_run(config, run, own["length"]), indent=2)
+    options = {key: own[key] for key in ("segment_length", "examples", "snap")}
+    metrics = json.dumps(evaluate_run(config, run, own["length"], **options), indent=2)
     print(metrics)
     if own["json"] is not None:
         write_whole(Path(own["json"]), metrics + "\n")

@@ -13,4 +13,5 @@ from nsm_graph.data.pixels import PixelSequences as PixelSequences
 from nsm_graph.data.positional import AddPositionalEncoding as AddPositionalEncoding
 from nsm_graph.data.registry import available as available
 from nsm_graph.data.registry import load as load
+from nsm_graph.data.sequences import TaskSequences as TaskSequences
 from nsm_graph.data.streams import CharacterStreams as CharacterStreams

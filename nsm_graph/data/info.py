@@ -23,6 +23,7 @@ class DatasetInfo:
         edge_channels: Continuous channels of an edge; :obj:`None` if edges carry none.
         pe_channels: Channels of :obj:`data.pe`; :obj:`None` if there is none.
         symbols: The character of each symbol (text only).
+        is_causal: Whether the label of a token depends on it and on earlier tokens only.
     """
 
     name: str
@@ -34,6 +35,7 @@ class DatasetInfo:
     edge_channels: int | None = None
     pe_channels: int | None = None
     symbols: list[str] | None = None
+    is_causal: bool = False
 
 
 @dataclass(frozen=True)

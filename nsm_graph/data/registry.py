@@ -8,6 +8,8 @@ from typing import Any
 from nsm_graph.data.digits import load_digits
 from nsm_graph.data.info import Splits
 from nsm_graph.data.mnist import load_mnist
+from nsm_graph.data.sequences import load_task
+from nsm_graph.data.tasks import TASKS
 from nsm_graph.data.text import load_text
 from nsm_graph.data.tu import load_tu
 from nsm_graph.data.zinc import load_zinc
@@ -21,12 +23,12 @@ LOADERS: dict[str, Callable[..., Splits]] = {
 }
 
 # What every loader takes; the rest of its signature are the dataset's own options.
-COMMON = ("root", "cache", "seed")
+COMMON = ("name", "root", "cache", "seed")
 
 
 def available() -> dict[str, dict[str, Any]]:
     r"""The datasets by name, each with its own options and their defaults."""
-    return {name: _options(loader) for name, loader in LOADERS.items()}
+    return {name: _options(name) for name in (*LOADERS, *TASKS)}
 
 
 def load(
@@ -42,7 +44,8 @@ def load(
     Nothing is ever written under :obj:`root`.
 
     Args:
-        name: ``"digits"``, ``"mnist"``, ``"text"``, ``"tu"`` or ``"zinc"``.
+        name: ``"digits"``, ``"mnist"``, ``"text"``, ``"tu"``, ``"zinc"``, or a sequence task:
+            a key of :data:`nsm_graph.data.tasks.TASKS`.
         root: Folder with the raw files, each dataset in ``root/<NAME>/raw``.
             (default: :obj:`"datasets"`)
         cache: Folder for processed graphs.  (default: ``~/.cache/nsm_graph``)
@@ -54,18 +57,25 @@ def load(
         ValueError: If the name or an option is unknown, or a file is damaged.
         MissingDataError: If files are missing and cannot be downloaded.
     """
-    if name not in LOADERS:
-        raise ValueError(f"unknown dataset {name!r}; choose one of {', '.join(LOADERS)}")
-    known = _options(LOADERS[name])
+    if name not in LOADERS and name not in TASKS:
+        raise ValueError(f"unknown dataset {name!r}; choose one of {', '.join((*LOADERS, *TASKS))}")
+    known = _options(name)
     for option in options:
         if option not in known:
             raise ValueError(
                 f"dataset {name!r} has no option {option!r}; its options are {', '.join(known)}"
             )
+    if name in TASKS:
+        return load_task(name, seed=seed, **options)
     folder = Path.home() / ".cache" / "nsm_graph" if cache is None else Path(cache).expanduser()
     return LOADERS[name](root=Path(root).expanduser(), cache=folder, seed=seed, **options)
 
 
-def _options(loader: Callable[..., Splits]) -> dict[str, Any]:
-    parameters = inspect.signature(loader).parameters.values()
-    return {p.name: p.default for p in parameters if p.name not in COMMON}
+def _options(name: str) -> dict[str, Any]:
+    functions = (load_task, TASKS[name]) if name in TASKS else (LOADERS[name],)
+    return {
+        parameter.name: parameter.default
+        for function in functions
+        for parameter in inspect.signature(function).parameters.values()
+        if parameter.name not in COMMON and parameter.kind is not parameter.VAR_KEYWORD
+    }

@@ -21,6 +21,7 @@ from nsm_graph.nn import (
     RotaryPosition,
     StateCommunication,
     StatePropagator,
+    StateSnap,
     TokenToStateRouter,
 )
 from nsm_graph.nn.checks import check_choice
@@ -76,6 +77,7 @@ class SegmentInputs(NamedTuple):
     mask: Tensor | None  #: ``[N]``, states that at least one edge enters; None = all
     talks: Relation | None  #: states -> states; None where dynamic or off
     nodes: NodeSet | None  #: for a dynamic topology
+    slots: Tensor | None = None  #: ``[N]``, of the states of one example; None = all, in order
 
 
 class CellOutput(NamedTuple):
@@ -86,6 +88,7 @@ class CellOutput(NamedTuple):
     reads: Tensor | None  #: ``[T, C_t]``, from the scan
     attention: Tensor | None  #: ``[E, H]``, where asked for
     talks: Relation | None
+    margin: Tensor | None = None  #: ``[B]``, how sure the snap was
 
 
 class StateMachineCell(nn.Module):
@@ -148,6 +151,8 @@ class StateMachineCell(nn.Module):
         self.mix = mix
         self.topology = communication
         self.scan = scan
+        #: Draws the states to codes after each segment; see :meth:`NeuralStateMachine.fit_snap`.
+        self.snap: StateSnap | None = None
         self.router = self.attention = self.communication = None
         if mix != "attention":
             self.router = TokenToStateRouter(
@@ -281,6 +286,8 @@ class StateMachineCell(nn.Module):
 
     def connect(self, inputs: list[SegmentInputs], slots: Tensor) -> list[SegmentInputs]:
         """Adds to each step who its states talk to: a relation, or nodes for a dynamic rule."""
+        if self.snap is not None:
+            inputs = [segment._replace(slots=slots) for segment in inputs]
         if self.topology is None:
             return inputs
 
@@ -342,7 +349,19 @@ class StateMachineCell(nn.Module):
                 talks = self.topology(replace(inputs.nodes, x=x))
             gated = self.communication(gated, talks)
         states = torch.cat([kept, gated], dim=1) if self.kept_channels > 0 else gated
-        return CellOutput(propagated, states, reads, alpha, talks)
+        margin = None
+        if self.snap is not None:
+            states, margin = self._snap(self.snap, states, inputs)
+        return CellOutput(propagated, states, reads, alpha, talks, margin)
+
+    def _snap(
+        self, snap: StateSnap, states: Tensor, inputs: SegmentInputs
+    ) -> tuple[Tensor, Tensor]:
+        """Draws the first channels of the states, as many as the codes have, to their codes."""
+        rows_BNC = states.unflatten(0, (inputs.relation.num_examples, -1))
+        snapped = snap(rows_BNC[..., : snap.channels], inputs.slots)
+        rows_BNC = torch.cat([snapped.states, rows_BNC[..., snap.channels :]], dim=-1)
+        return rows_BNC.flatten(0, 1), snapped.margin
 
 
 def _cut_nested(tree: tuple, sizes: list[int], split: Callable) -> list:

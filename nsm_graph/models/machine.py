@@ -24,6 +24,7 @@ from nsm_graph.nn import (
     GraphPosition,
     LearnedPosition,
     SinusoidalPosition,
+    StateSnap,
     TokenConvolution,
 )
 from nsm_graph.partition import Partition
@@ -229,6 +230,60 @@ class NeuralStateMachine(nn.Module):
         """Compiles the cell once for all segments and batch sizes; the loop around it stays."""
         is_dynamic = self.cell.topology is not None and self.cell.topology.is_dynamic
         self.cell.compile(dynamic=True, fullgraph=not is_dynamic)
+
+    @torch.no_grad()
+    def fit_snap(
+        self,
+        x: Tensor,
+        batch: Tensor | None = None,
+        *,
+        batch_size: int | None = None,
+        decay: float = 0.99,
+    ) -> StateSnap:
+        """Derives a codebook for the transition heads from what the machine itself predicts.
+
+        Reads the examples, groups their final states by the prediction for the last token (or for
+        the example), and keeps the means: no labels are used. From then on the transition heads
+        are drawn to the nearest code after every segment; ``run(..., record=True).record.margins``
+        says how sure that was. It helps where the predicted class is all there is to know, as in a
+        word problem. ``cell.snap = None`` takes it off.
+
+        Args:
+            x: Tokens of examples that cover all classes, of a length that is predicted well.
+            batch: As in :meth:`run`.
+            batch_size: As in :meth:`run`.
+            decay: See :class:`~nsm_graph.nn.StateSnap`.
+
+        Raises:
+            ValueError: If the machine has no scan with transition heads, or slots are inactive.
+        """
+        scan = self.cell.scan
+        channels = getattr(scan, "transition_channels", 0)
+        if channels == 0:
+            raise ValueError("fit_snap draws transition heads to codes; build the machine with one")
+        if self.manager.num_active < self.manager.max_states:
+            raise ValueError(
+                f"fit_snap needs all slots active, but {self.manager.num_active} of "
+                f"{self.manager.max_states} are; fit it before states are pruned"
+            )
+        was_training, before = self.training, self.cell.snap
+        self.cell.snap = None
+        self.eval()
+        try:
+            output = self.run(x, batch, batch_size=batch_size)
+        finally:
+            self.train(was_training)
+            self.cell.snap = before
+        labels = output.out.argmax(-1)
+        if isinstance(self.head, TokenHead):
+            counts = output.state.num_tokens
+            if bool((counts == 0).any()):
+                raise ValueError("fit_snap needs a token of every example; leave out empty ones")
+            labels = labels[counts.cumsum(0) - 1]
+        states = output.state.states.unflatten(0, (output.state.num_examples, -1))
+        snap = StateSnap.from_labels(states[..., :channels], labels, decay=decay)
+        self.cell.snap = snap.to(states.device).train(was_training)
+        return snap
 
     # Calls ######################################################################
 

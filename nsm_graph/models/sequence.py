@@ -108,3 +108,4 @@ def _fill(
     record.gates += [output.propagated.gates for output in trace.outputs]
     record.states += trace.after
     record.topologies += [output.talks for output in trace.outputs]
+    record.margins += [output.margin for output in trace.outputs]

@@ -84,6 +84,7 @@ class Record:
     gates: list[dict[str, Tensor]] = field(default_factory=list)  #: each ``[N_t, C]``
     states: list[Tensor] = field(default_factory=list)  #: ``[N_t, C]``, after step t
     topologies: list[Relation | None] = field(default_factory=list)  #: states -> states
+    margins: list[Tensor | None] = field(default_factory=list)  #: ``[B_t]``, 0 = an unsure snap
 
 
 @dataclass(frozen=True, eq=False)

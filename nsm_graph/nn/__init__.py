@@ -15,4 +15,6 @@ from nsm_graph.nn.readout import TokenReadout as TokenReadout
 from nsm_graph.nn.router import Routing as Routing
 from nsm_graph.nn.router import TokenToStateRouter as TokenToStateRouter
 from nsm_graph.nn.segment_scan import SegmentScan as SegmentScan
+from nsm_graph.nn.snap import Snapped as Snapped
+from nsm_graph.nn.snap import StateSnap as StateSnap
 from nsm_graph.nn.token_convolution import TokenConvolution as TokenConvolution

@@ -44,8 +44,9 @@ class SegmentScan(nn.Module):
     one triangular solve. In graph terms this is an ordered, non-commutative aggregation over the
     edges from tokens to states.
 
-    Source: ours (X8). With several ``layers`` each owns some of the heads; a later one reads
-    tokens that know what the earlier ones held, :math:`x + \mathrm{MLP}([x, \mathrm{LayerNorm}(y)])`.
+    Source: ours (X8). With several ``layers`` each owns some of the heads, and a later one reads
+    tokens that know what the earlier ones held:
+    :math:`x + \mathrm{MLP}([x, \mathrm{LayerNorm}(y)])`.
 
     Args:
         token_channels: Size of each token.
@@ -192,6 +193,11 @@ class SegmentScan(nn.Module):
         return (self.transition_heads + self.memory_heads) * self.head_channels
 
     @property
+    def transition_channels(self) -> int:
+        """Channels of transition heads: the very first."""
+        return self.transition_heads * self.head_channels
+
+    @property
     def gated_channels(self) -> int:
         """Channels that the gates write: the last of each state."""
         if self.gated_heads is None:
@@ -331,6 +337,7 @@ class SegmentScan(nn.Module):
                 mixed = self.mixers[index - 1](torch.cat([tokens.x_BSC, read], dim=-1))
                 tokens = tokens._replace(x_BSC=tokens.x_BSC + mixed)
                 prepared = layer.prepare(tokens, reads=True)
+            assert isinstance(layer, ScanLayer)
             own_BNHD = heads_BNHD[:, :, first : first + layer.heads]
             scanned_BNHD, read_BSHD = layer.advance(own_BNHD, prepared)
             after.append(scanned_BNHD)

@@ -10,16 +10,18 @@ from torch import Tensor
 from torch_geometric.data import Data
 from torch_geometric.loader import DataLoader
 
-from nsm_graph.data import CharacterStreams, DatasetInfo
+from nsm_graph.data import CharacterStreams, DatasetInfo, TaskSequences
 from nsm_graph.training.config import Config
+from nsm_graph.training.curriculum import FreshSequences
 
 CHUNK_LENGTH = 256
 
 
 def batches(
     config: Config, info: DatasetInfo, split: Sequence[Data], order: torch.Generator | None = None
-) -> DataLoader | CharacterStreams:
-    """Batches of a split, in random order if a generator is given; text is read in its own order.
+) -> DataLoader | CharacterStreams | FreshSequences:
+    """Batches of a split, in random order if a generator is given; text is read in its own order,
+    and the training sequences of a task are made anew.
 
     The streams of a text are the examples of a batch; a short text has fewer of them.
     """
@@ -28,6 +30,14 @@ def batches(
         length = config.data.chunk_length or CHUNK_LENGTH
         streams = max(1, min(size, split[0].num_nodes // length))
         return CharacterStreams(split[0], streams, length)
+    if isinstance(split, TaskSequences) and order is not None:
+        return FreshSequences(
+            split,
+            size,
+            order,
+            min_length=config.train.min_length,
+            curriculum=config.train.curriculum,
+        )
     return DataLoader(split, batch_size=size, shuffle=order is not None, generator=order)
 
 

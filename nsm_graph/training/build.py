@@ -18,10 +18,12 @@ from nsm_graph.models.baselines import (
     match_parameters,
 )
 from nsm_graph.models.machine import NeuralStateMachine
+from nsm_graph.nn import SegmentScan
 from nsm_graph.topology import Topology
 from nsm_graph.training.config import Config
-from nsm_graph.training.model_config import ModelConfig
+from nsm_graph.training.model_config import SCAN_KEYS, ModelConfig
 
+SCAN_CONFIG = ("scan_layers", *SCAN_KEYS)
 HEADS = {
     "classification": "example",
     "regression": "example",
@@ -36,10 +38,12 @@ def build_model(config: Config, info: DatasetInfo) -> nn.Module:
     Raises:
         ValueError: If the model cannot read the dataset; the message names the key.
     """
-    options: dict[str, Any] = {"num_embeddings": info.num_embeddings, "head": HEADS[info.task]}
+    head = "next_token" if info.is_causal else HEADS[info.task]
+    options: dict[str, Any] = {"num_embeddings": info.num_embeddings, "head": head}
     options |= {"pe_channels": info.pe_channels, **config.model.given}
     kind = config.model.kind
     if kind == "nsm":
+        options = {key: value for key, value in options.items() if key not in SCAN_CONFIG}
         options |= _machine_options(config, info)
         return NeuralStateMachine(info.in_channels, out_channels=info.out_channels, **options)
     channels = options.pop("channels")
@@ -81,6 +85,8 @@ def _machine_options(config: Config, info: DatasetInfo) -> dict[str, Any]:
     model = config.model
     # The machine has no default for this: a graph is read as a whole.
     options: dict[str, Any] = {"segment_length": model.segment_length}
+    if model.scan_layers is not None:
+        options["scan"] = _scan(model)
     if model.position == "none":
         options["position"] = None
     if model.communication is not None:
@@ -93,6 +99,21 @@ def _machine_options(config: Config, info: DatasetInfo) -> dict[str, Any]:
     if model.conv == "gine":
         options |= _edges(info)
     return options
+
+
+def _scan(model: ModelConfig) -> SegmentScan:
+    channels = model.state_channels or 0
+    given = {key: getattr(model, key) for key in SCAN_KEYS if getattr(model, key) is not None}
+    if given.get("gated_heads") == 0:
+        given["gated_heads"] = None
+    return SegmentScan(
+        model.token_channels or channels,
+        channels,
+        model.max_states or model.num_states or 0,
+        model.heads or 4,
+        layers=model.scan_layers or 1,
+        **given,
+    )
 
 
 def _communication(name: str, num_states: int) -> Topology | None:

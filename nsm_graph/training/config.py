@@ -20,7 +20,8 @@ class DataConfig:
     """Which data, and how they are prepared.
 
     Args:
-        name: Dataset: digits, mnist, text, tu or zinc.
+        name: Dataset: digits, mnist, text, tu, zinc, or a sequence task: parity, s3, a5, s5,
+            modular_arithmetic, modular_arithmetic_brackets, mqar, copy, selective_copy, induction.
         root: Folder that holds <NAME>/raw.
         cache: Folder for processed files.
         seed: Draws the validation part or the folds; independent of the run's seed, so that seeds
@@ -38,6 +39,15 @@ class DataConfig:
         pe: graphs: positional encoding, random_walk or laplacian.
         pe_channels: graphs: size of the positional encoding.
         chunk_length: text: characters per stream that one step reads.
+        max_length: sequence tasks: longest training sequences.
+        test_length: sequence tasks: length of the test sequences.
+        train_examples: sequence tasks: sequences in an epoch.
+        test_examples: sequence tasks: sequences of the validation and of the test.
+        num_pairs: mqar: pairs that are shown.
+        filler: mqar: what stands between, random or zero.
+        num_tokens: copy, selective_copy: tokens to remember.
+        vocab_size: mqar, copy, selective_copy, induction: number of symbols.
+        has_dense_labels: modular_arithmetic_brackets: whether more than the last token has a label.
         augment: digits, mnist: whether training images are shifted by at most one pixel, at random.
     """
 
@@ -58,6 +68,15 @@ class DataConfig:
     pe: str | None = None
     pe_channels: int | None = None
     chunk_length: int | None = None
+    max_length: int | None = None
+    test_length: int | None = None
+    train_examples: int | None = None
+    test_examples: int | None = None
+    num_pairs: int | None = None
+    filler: str | None = None
+    num_tokens: int | None = None
+    vocab_size: int | None = None
+    has_dense_labels: bool | None = None
     augment: bool = False
 
     def __post_init__(self) -> None:
@@ -76,7 +95,8 @@ class DataConfig:
         check_range("data.validation_fraction", self.validation_fraction, 0, 0.9)
         check_range("data.fold", self.fold, 0)
         check_range("data.pe_channels", self.pe_channels, 1)
-        check_range("data.chunk_length", self.chunk_length, 1)
+        for key in ("chunk_length", "max_length", "test_length", "train_examples", "test_examples"):
+            check_range(f"data.{key}", getattr(self, key), 1)
         if self.chunk_length is not None and self.name != "text":
             raise ValueError(
                 f"data.chunk_length: expected only with data.name=text; got data.name={self.name}"
@@ -112,6 +132,12 @@ class TrainConfig:
         threads: CPU threads of every operation; PyTorch's own choice if not given. A small model is
             about as fast on one, and does not stall where other programs share the processor.
         precision: Of Lightning Fabric: 32-true, bf16-mixed, 16-mixed, bf16-true, 64-true.
+        random_segments: nsm: every batch is read in segments of a random length, up to
+            model.segment_length.
+        curriculum: sequence tasks: training accuracy at which lengths grow towards
+            data.max_length, from the shortest the task has; all lengths at once if not given.
+        min_length: sequence tasks: shortest training sequences; the shortest the task has if not
+            given.
     """
 
     epochs: int | None = None
@@ -126,6 +152,9 @@ class TrainConfig:
     devices: int = 1
     threads: int | None = None
     precision: str = "32-true"
+    random_segments: bool = False
+    curriculum: float | None = None
+    min_length: int | None = None
 
     def __post_init__(self) -> None:
         check_types(self, "train.")
@@ -141,6 +170,8 @@ class TrainConfig:
         check_range("train.warmup", self.warmup, 0, 0.9)
         check_range("train.clip", self.clip, 0, above=True)
         check_range("train.threads", self.threads, 1)
+        check_range("train.curriculum", self.curriculum, 0, 1)
+        check_range("train.min_length", self.min_length, 1)
         if self.devices != 1:
             raise ValueError(
                 f"train.devices: expected 1 (several processes are not supported yet); "

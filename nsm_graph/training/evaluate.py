@@ -18,10 +18,17 @@ from nsm_graph.training.task import Task
 
 
 def predict(
-    engine: Engine, config: Config, task: Task, batch: Data, state: Any
+    engine: Engine,
+    config: Config,
+    task: Task,
+    batch: Data,
+    state: Any,
+    segment_length: int | None = None,
 ) -> tuple[Tensor, Any]:
     """The prediction for a batch; for text also the states, detached, to carry on with."""
     inputs = model_inputs(config.model, batch)
+    if segment_length is not None:
+        inputs["segment_length"] = segment_length
     if task.kind != "next_token":
         return engine(**inputs), None
     output = engine.run(**inputs, state=state)
@@ -30,7 +37,12 @@ def predict(
 
 @torch.no_grad()
 def evaluate(
-    engine: Engine, config: Config, task: Task, split: Sequence[Data], info: DatasetInfo
+    engine: Engine,
+    config: Config,
+    task: Task,
+    split: Sequence[Data],
+    info: DatasetInfo,
+    segment_length: int | None = None,
 ) -> dict[str, float]:
     """Metrics over a split, read in order; empty for an empty split."""
     if len(split) == 0:
@@ -40,7 +52,7 @@ def evaluate(
     sums, state = torch.zeros(5, dtype=torch.double), None
     for batch in batches(config, info, split):
         batch = batch.to(engine.device)
-        out, state = predict(engine, config, task, batch, state)
+        out, state = predict(engine, config, task, batch, state, segment_length)
         sums += task.count(out, batch.y, batch.batch)
     engine.train(was_training)
     return task.metrics(sums)

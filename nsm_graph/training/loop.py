@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 from lightning_fabric import Fabric
+from lightning_fabric.wrappers import _FabricModule
 from torch import Tensor, nn
 
 from nsm_graph.data import Splits
 from nsm_graph.training.batches import batches, shift_images
 from nsm_graph.training.checkpoint import load_checkpoint, save_checkpoint
 from nsm_graph.training.config import Config, TrainConfig
+from nsm_graph.training.curriculum import FreshSequences
 from nsm_graph.training.evaluate import evaluate, predict
 from nsm_graph.training.log import Log
 from nsm_graph.training.progress import Progress
@@ -80,7 +82,8 @@ def fit(
                 batch = shift_images(batch, order) if config.data.augment else batch
                 batch = batch.to(fabric.device)
 
-                out, state = predict(engine, config, task, batch, state)
+                segment = _segment_length(config, order)
+                out, state = predict(engine, config, task, batch, state, segment)
                 loss = task.loss(out, batch.y)
                 _check_loss(loss, step, train)
                 stepper.zero_grad()
@@ -92,6 +95,8 @@ def fit(
                 stepper.step()
 
                 step += 1
+                if isinstance(loader, FreshSequences):
+                    loader.observe(out.detach(), batch.y)
                 sums += task.count(out.detach(), batch.y, batch.batch)
                 progress = schedule.progress(step, time.monotonic() - start)
                 bar.update(progress)
@@ -99,6 +104,8 @@ def fit(
                     break
 
             trained = task.metrics(sums)
+            if isinstance(loader, FreshSequences):
+                trained["length"] = loader.frontier
             validated = evaluate(engine, config, task, splits.validation, splits.info)
             seconds = time.monotonic() - start
             log.write("train", step, epoch=epoch, seconds=seconds, lr=rate, **trained)
@@ -136,6 +143,13 @@ def make_fabric(config: TrainConfig) -> Fabric:
     return fabric
 
 
+def make_engine(model: nn.Module, config: Config) -> _FabricModule:
+    """A model as Fabric runs it, without an optimizer."""
+    engine = make_fabric(config.train).setup_module(model)
+    engine.mark_forward_method("run")
+    return engine
+
+
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     """AdamW that decays matrices only, known to the model's state manager if it has one."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -165,6 +179,14 @@ def _check_loss(loss: Tensor, step: int, config: TrainConfig) -> None:
             f"(now {config.lr:g}) or train.clip (now {config.clip}), or raise train.precision "
             f"(now {config.precision})"
         )
+
+
+def _segment_length(config: Config, order: torch.Generator) -> int | None:
+    """How many tokens the next batch is read at a time; None for what the machine was built for."""
+    longest = config.model.segment_length
+    if not config.train.random_segments or longest is None:
+        return None
+    return int(torch.randint(1, longest + 1, (), generator=order))
 
 
 def _generators(order: torch.Generator) -> dict[str, Tensor]:

@@ -7,11 +7,14 @@ from typing import Any
 
 from nsm_graph.training.checks import check_choice, check_range, check_types, given
 
-KINDS = ("nsm", "gru", "lstm", "transformer")
+KINDS = ("nsm", "gru", "lstm", "transformer", "deltanet")
+SCAN_KEYS = (*("memory_heads", "gated_heads", "reflections", "decay", "write", "gated_dropout"),)
+OFF_AT_ZERO = ("memory_heads", "gated_heads")
 BASELINE_KEYS = {
     "gru": ("channels",),
     "lstm": ("channels",),
     "transformer": ("channels", "num_layers", "heads", "dropout"),
+    "deltanet": ("channels", "num_layers", "heads", "reflections"),
 }
 
 
@@ -21,10 +24,10 @@ class ModelConfig:
     baseline.
 
     Args:
-        kind: nsm (the machine), or a baseline: gru, lstm, transformer.
+        kind: nsm (the machine), or a baseline: gru, lstm, transformer, deltanet.
         channels: Baselines: width.
-        num_layers: transformer: encoder layers.
-        heads: nsm, transformer: attention heads.
+        num_layers: transformer, deltanet: layers.
+        heads: nsm, transformer, deltanet: heads.
         dropout: nsm, transformer: dropout.
         state_channels: Width of a state.
         num_states: States of the bank.
@@ -42,6 +45,13 @@ class ModelConfig:
         max_states: Slots of the bank.
         bptt_segments: Segments that the gradient passes back through.
         checkpoint_segments: Segments recomputed together in the backward pass, or sqrt.
+        scan_layers: Layers of an ordered segment scan; without one, a segment is a bag of tokens.
+        memory_heads: scan: heads that recall.
+        gated_heads: scan: heads that the gates write; 0 lets them write all, after the scan.
+        reflections: scan, deltanet: reflections of each token.
+        decay: scan: whether tokens may decay states.
+        write: scan: whether tokens may write into states.
+        gated_dropout: scan: share of examples whose gated heads are hidden in training.
     """
 
     kind: str = "nsm"
@@ -65,14 +75,21 @@ class ModelConfig:
     max_states: int | None = None
     bptt_segments: int | None = None
     checkpoint_segments: int | str | None = None
+    scan_layers: int | None = None
+    memory_heads: int | None = None
+    gated_heads: int | None = None
+    reflections: int | None = None
+    decay: bool | None = None
+    write: bool | None = None
+    gated_dropout: float | None = None
 
     def __post_init__(self) -> None:
         check_types(self, "model.")
         check_choice("model.kind", self.kind, KINDS)
         check_range("model.dropout", self.dropout, 0, 0.99)
         for key, value in self.given.items():
-            if isinstance(value, int):
-                check_range(f"model.{key}", value, 1)
+            if isinstance(value, int) and not isinstance(value, bool):
+                check_range(f"model.{key}", value, 0 if key in OFF_AT_ZERO else 1)
         for key, choices in {
             "cell": ("gru", "lstm"),
             "mix": ("sum", "bias", "attention", "routing"),
@@ -102,6 +119,12 @@ class ModelConfig:
                 "segment_length, graphs: num_steps); "
                 f"got {self.segment_length} and {self.num_steps}"
             )
+        for key in SCAN_KEYS:
+            if self.scan_layers is None and getattr(self, key) is not None:
+                raise ValueError(
+                    f"model.{key}: expected only with an ordered scan; set model.scan_layers, too"
+                )
+        check_range("model.gated_dropout", self.gated_dropout, 0, 0.99)
         if self.conv is not None and self.num_steps is None:
             raise ValueError(f"model.conv: expected only with num_steps; got {self.conv!r}")
 

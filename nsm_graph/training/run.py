@@ -8,11 +8,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from torch_geometric import seed_everything
 from torch_geometric.data import Data
 
-from nsm_graph.data import Splits, load
+from nsm_graph.data import Splits, TaskSequences, load
+from nsm_graph.models import NeuralStateMachine
 from nsm_graph.models.baselines import count_parameters
 from nsm_graph.training.batches import truncate
 from nsm_graph.training.build import build_model, matched_baseline
@@ -20,7 +22,8 @@ from nsm_graph.training.checkpoint import load_checkpoint, read_meta
 from nsm_graph.training.config import Config
 from nsm_graph.training.directory import run_directory, write_whole
 from nsm_graph.training.evaluate import evaluate
-from nsm_graph.training.loop import Fitted, check_splits, fit, make_fabric
+from nsm_graph.training.loop import Fitted, check_splits, fit, make_engine
+from nsm_graph.training.stream import StreamTest, evaluate_stream
 from nsm_graph.training.task import Task
 
 
@@ -80,17 +83,47 @@ def check_same_run(trained: Config, config: Config) -> None:
             )
 
 
-def evaluate_run(config: Config, run: Path, length: int | None = None) -> dict[str, Any]:
-    """Metrics of a run's checkpoint on the test split.
+def evaluate_run(
+    config: Config,
+    run: Path,
+    length: int | None = None,
+    *,
+    segment_length: int | None = None,
+    examples: int | None = None,
+    snap: int | None = None,
+) -> dict[str, Any]:
+    """Metrics of a run's checkpoint on the test split, or on fresh sequences of a task.
 
     Args:
         config: The run's config; `data` may differ, as where it lies.
         run: The run directory.
-        length: Evaluate on the first so many tokens of each sequence.  (default: :obj:`None`)
+        length: Evaluate on the first so many tokens of each sequence; for a task on sequences of
+            that length, of whatever length, in bounded memory.  (default: :obj:`None`)
+        segment_length: Read so many tokens at a time.  (default: :obj:`None`)
+        examples: Task: number of sequences.  (default: :obj:`None`)
+        snap: Task: draw states to codes that are derived from so many unlabelled sequences of one
+            segment.  (default: :obj:`None`)
     """
-    if length is not None and length < 1:
-        raise ValueError(f"--length: expected at least 1; got {length}")
+    for name, value in (
+        ("length", length),
+        ("segment-length", segment_length),
+        ("examples", examples),
+        ("snap", snap),
+    ):
+        if value is not None and value < 1:
+            raise ValueError(f"--{name}: expected at least 1; got {value}")
     splits = load_data(config)
+    for name, value in (("examples", examples), ("snap", snap)):
+        if value is not None and not isinstance(splits.test, TaskSequences):
+            raise ValueError(
+                f"--{name}: expected only with a sequence task; {splits.info.name} is a dataset"
+            )
+    for name, value in (("segment-length", segment_length), ("snap", snap)):
+        if value is not None and config.model.segment_length is None:
+            raise ValueError(
+                f"--{name}: expected a machine that reads segments; the run has "
+                f"model.kind={config.model.kind}"
+            )
     meta = read_meta(run / "checkpoint")
     symbols = meta.get("symbols")
     if symbols != splits.info.symbols:
@@ -100,19 +133,37 @@ def evaluate_run(config: Config, run: Path, length: int | None = None) -> dict[s
         )
     model = build_model(config, splits.info)
     load_checkpoint(run / "checkpoint", model)
-    test = (
-        splits.test
-        if length is None
-        else [truncate(data, length, splits.info) for data in splits.test]
-    )
-    metrics = _test(model, splits, config, Task.from_dict(meta["task"]), test)
-    return {
-        **metrics,
-        "examples": len(test),
-        "length": length,
-        "model": config.model.kind,
-        "data": splits.info.name,
-    }
+    about = {"length": length, "model": config.model.kind, "data": splits.info.name}
+    if isinstance(splits.test, TaskSequences):
+        if snap is not None:
+            _fit_snap(model, config, splits.test, snap)
+        test = StreamTest(
+            splits.test.task,
+            splits.test.task.valid_length(length or splits.test.length),
+            examples or len(splits.test),
+            segment_length,
+        )
+        engine = make_engine(model, config)
+        carries = config.model.kind != "transformer"
+        metrics = evaluate_stream(
+            engine, test, built_for=config.model.segment_length, carries=carries
+        )
+        about |= {"length": test.length, "examples": test.num_examples}
+        about |= {"segment_length": segment_length or config.model.segment_length, "snap": snap}
+        return metrics | about
+    test_split = splits.test
+    if length is not None:
+        test_split = [truncate(data, length, splits.info) for data in splits.test]
+    metrics = _test(model, splits, config, Task.from_dict(meta["task"]), test_split, segment_length)
+    return {**metrics, "examples": len(test_split), **about}
+
+
+def _fit_snap(model: nn.Module, config: Config, split: TaskSequences, count: int) -> None:
+    """Derives the codes from sequences of one segment, made from the run's own seed."""
+    assert isinstance(model, NeuralStateMachine)
+    length = split.task.valid_length(max(config.model.segment_length or 1, split.task.min_length))
+    x, _ = split.task.sample(count, length, torch.Generator().manual_seed(config.seed))
+    model.fit_snap(x.flatten(), torch.arange(count).repeat_interleave(length))
 
 
 def _flat(values: dict[str, Any]) -> dict[str, Any]:
@@ -141,8 +192,12 @@ def _train_one(config: Config, splits: Splits, run: Path, quiet: bool) -> tuple[
 
 
 def _test(
-    model: nn.Module, splits: Splits, config: Config, task: Task, test: Sequence[Data]
+    model: nn.Module,
+    splits: Splits,
+    config: Config,
+    task: Task,
+    test: Sequence[Data],
+    segment_length: int | None = None,
 ) -> dict[str, float]:
-    engine = make_fabric(config.train).setup_module(model)
-    engine.mark_forward_method("run")
-    return evaluate(engine, config, task, test, splits.info)
+    engine = make_engine(model, config)
+    return evaluate(engine, config, task, test, splits.info, segment_length)

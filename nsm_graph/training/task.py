@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch_geometric.data import Data
 
-# PyTorch's mark of a token without a label.
-IGNORED = -100
+from nsm_graph.data.tasks import IGNORED
 
 
 @dataclass(frozen=True)
