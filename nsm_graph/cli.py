@@ -16,7 +16,7 @@ from pathlib import Path
 USAGE = """usage: nsm-graph COMMAND ...
 
 commands:
-  train TASK | --config FILE [--seed N] [--out RUN] [--compare gru,lstm,transformer]
+  train TASK | --config FILE [--seed N] [--out RUN] [--compare gru,lstm,transformer,deltanet]
                              [--section.key value ...]
   evaluate RUN [--length L] [--segment-length S] [--examples N] [--snap N] [--json FILE]
                              [--section.key value ...]

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from nsm_graph.models.embedding import TokenEmbedding
+from nsm_graph.models.embedding import TokenEmbedding, tied_output
 from nsm_graph.models.heads import HEADS
-from nsm_graph.models.options import check_batch
+from nsm_graph.models.options import check_at, check_batch
 from nsm_graph.nn import SinusoidalPosition
 from nsm_graph.nn.checks import check_choice
 from nsm_graph.partition import Partition
@@ -51,13 +51,16 @@ class Baseline(nn.Module):
         num_embeddings: int | list[int] | None,
         pe_channels: int | None,
         head: str,
+        tie_embeddings: bool = False,
     ) -> None:
         super().__init__()
         check_choice("head", head, HEADS)
         self.channels, self.head, self.pe_channels = channels, head, pe_channels
         self.embedding = TokenEmbedding(in_channels, channels, num_embeddings)
         self.encoding = None if pe_channels is None else nn.Linear(pe_channels, channels)
-        self.out = nn.Linear(channels, out_channels)
+        self.out: nn.Module = nn.Linear(channels, out_channels)
+        if tie_embeddings:
+            self.out = tied_output(self.embedding, channels, out_channels)
 
     def read(
         self, tokens: Tensor, layout: Partition, state: RecurrentState | None
@@ -74,9 +77,10 @@ class Baseline(nn.Module):
         edge_index: Tensor | None = None,
         edge_attr: Tensor | None = None,
         pe: Tensor | None = None,
+        at: Tensor | None = None,
     ) -> Tensor:
         """The prediction; edges are accepted, as the machine does, and ignored."""
-        return self.run(x, batch, batch_size=batch_size, pe=pe).out
+        return self.run(x, batch, batch_size=batch_size, pe=pe, at=at).out
 
     def run(
         self,
@@ -88,14 +92,16 @@ class Baseline(nn.Module):
         edge_index: Tensor | None = None,
         edge_attr: Tensor | None = None,
         pe: Tensor | None = None,
+        at: Tensor | None = None,
     ) -> BaselineOutput:
-        """The prediction and the state after the last token."""
+        """The prediction (for the tokens `at`, where given) and the state after the last token."""
         self.embedding.check(x)
+        check_at(at, x.size(0), self.head != "example")
         if state is not None and batch_size is None:
             batch_size = state.tensors[0].size(1)
         layout = Partition.from_ptr(check_batch(x, batch, batch_size))
         features, state = self.read(self._encode(self.embedding(x), pe), layout, state)
-        return BaselineOutput(self.out(features), state)
+        return BaselineOutput(self.out(features if at is None else features[at]), state)
 
     def _encode(self, tokens: Tensor, pe: Tensor | None) -> Tensor:
         got = None if pe is None else tuple(pe.shape)
@@ -122,6 +128,7 @@ class RecurrentBaseline(Baseline):
             (default: :obj:`None`)
         pe_channels: Size of a positional encoding of the tokens.  (default: :obj:`None`)
         head: ``"example"``, ``"token"`` or ``"next_token"``.  (default: :obj:`"example"`)
+        tie_embeddings: One table of symbols for input and output.  (default: :obj:`False`)
 
     Shapes:
         - **input:** tokens :math:`(T, C)` or symbols :math:`(T)`, `batch` :math:`(T)`
@@ -141,8 +148,12 @@ class RecurrentBaseline(Baseline):
         num_embeddings: int | list[int] | None = None,
         pe_channels: int | None = None,
         head: str = "example",
+        tie_embeddings: bool = False,
     ) -> None:
-        super().__init__(in_channels, channels, out_channels, num_embeddings, pe_channels, head)
+        super().__init__(
+            *(in_channels, channels, out_channels, num_embeddings, pe_channels, head),
+            tie_embeddings,
+        )
         cells = {"gru": nn.GRU, "lstm": nn.LSTM}
         check_choice("cell", cell, tuple(cells))
         self.cell = cell
@@ -192,6 +203,7 @@ class TransformerBaseline(Baseline):
             (default: :obj:`None`)
         pe_channels: Size of a positional encoding of the tokens.  (default: :obj:`None`)
         head: ``"example"``, ``"token"`` or ``"next_token"``.  (default: :obj:`"example"`)
+        tie_embeddings: One table of symbols for input and output.  (default: :obj:`False`)
 
     Shapes:
         - **input:** tokens :math:`(T, C)` or symbols :math:`(T)`, `batch` :math:`(T)`
@@ -213,8 +225,12 @@ class TransformerBaseline(Baseline):
         num_embeddings: int | list[int] | None = None,
         pe_channels: int | None = None,
         head: str = "example",
+        tie_embeddings: bool = False,
     ) -> None:
-        super().__init__(in_channels, channels, out_channels, num_embeddings, pe_channels, head)
+        super().__init__(
+            *(in_channels, channels, out_channels, num_embeddings, pe_channels, head),
+            tie_embeddings,
+        )
         if channels % heads:
             raise ValueError(f"channels: expected a multiple of heads={heads}; got {channels}")
         # Built one by one: TransformerEncoder copies one layer, and all would start equal.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch_geometric.nn.dense.linear import Linear
 
@@ -96,6 +97,45 @@ class TokenEmbedding(nn.Module):
                     f"num_embeddings is {table.num_embeddings}; symbols go from 0 to "
                     f"{table.num_embeddings - 1}"
                 )
+
+
+class TiedLinear(nn.Module):
+    r"""Scores of all symbols from their own embeddings: :math:`E x / \sqrt{C_t} + b`.
+
+    What is learned about a symbol as input serves it as output, too: with thousands of symbols
+    that is most of the learning.
+
+    Args:
+        table: The embedding of the symbols.
+
+    Shapes:
+        - **input:** :math:`(T, C_t)`
+        - **output:** :math:`(T, V)` for V symbols
+    """
+
+    def __init__(self, table: nn.Embedding) -> None:
+        super().__init__()
+        self.weight = table.weight
+        self.bias = nn.Parameter(torch.zeros(table.num_embeddings))
+
+    def reset_parameters(self) -> None:
+        """The table draws itself."""
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x * self.weight.size(1) ** -0.5, self.weight, self.bias)
+
+
+def tied_output(embedding: TokenEmbedding, channels: int, out_channels: int) -> TiedLinear:
+    """The output layer that shares an embedding's table, or a ``ValueError``."""
+    sizes = [table.num_embeddings for table in embedding.tables]
+    if sizes != [out_channels] or channels != embedding.channels:
+        raise ValueError(
+            f"tie_embeddings predicts the symbols that are read: it needs one column of "
+            f"num_embeddings={out_channels} symbols (out_channels), but the input has "
+            f"{sizes or 'features'}"
+        )
+    return TiedLinear(embedding.tables[0])
 
 
 def check_finite(x: Tensor, name: str) -> None:

@@ -61,7 +61,13 @@ class ExampleHead(nn.Module):
 class TokenHead(nn.Module):
     r"""One prediction per token: the token, what it reads from the states, project.
 
-    .. math:: y_i = W \, \mathrm{LayerNorm}\big(x_i + \mathrm{read}_i + \mathrm{scan}_i\big) + b
+    .. math::
+        y_i &= W \, \mathrm{LayerNorm}\big(x_i + \mathrm{read}_i\big) + b \\
+        y_i &= W \, \mathrm{LayerNorm}\big(g_x \odot x_i + g_r \odot \mathrm{read}_i
+        + \mathrm{scan}_i\big) + b \quad \text{with a scan}
+
+    The gains :math:`g` start at zero: what the scan reads comes first, and the rest joins where it
+    helps.
 
     With ``causal=True`` (next-token prediction) the token reads the states as they were before its
     segment, so that no later token can be seen; with ``segment_length=1`` that is every earlier
@@ -74,6 +80,8 @@ class TokenHead(nn.Module):
         heads: Number of heads of the read-out.
         causal: Read the states from before the token's segment.
         dropout: Dropout of the combined vector.
+        has_scan: Tokens also read from a scan.
+        output: Instead of a projection of its own, such as tied embeddings.
     """
 
     def __init__(
@@ -84,33 +92,48 @@ class TokenHead(nn.Module):
         heads: int,
         causal: bool,
         dropout: float,
+        has_scan: bool,
+        output: nn.Module | None = None,
     ) -> None:
         super().__init__()
+        self.gains = nn.Parameter(torch.zeros(2, token_channels)) if has_scan else None
         self.readout = TokenReadout(token_channels, state_channels, heads, causal=causal)
         hide_from_explainers(self.readout)
         self.norm = nn.LayerNorm(token_channels)
         self.dropout = nn.Dropout(dropout)
-        self.lin_out = Linear(token_channels, out_channels)
+        self.lin_out = Linear(token_channels, out_channels) if output is None else output
 
     def reset_parameters(self) -> None:
         for module in (self.readout, self.norm, self.lin_out):
             module.reset_parameters()
+        if self.gains is not None:
+            nn.init.zeros_(self.gains)
 
     @property
     def causal(self) -> bool:
         return self.readout.causal
 
     def forward(
-        self, x: Tensor, states: Tensor, relation: Relation, reads: Tensor | None
+        self,
+        x: Tensor,
+        states: Tensor,
+        relation: Relation,
+        reads: Tensor | None,
+        place: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Predictions ``[T, out]`` and token read-outs ``[T, C_t]``.
+        """Predictions ``[P, out]`` and token read-outs ``[T, C_t]``.
 
         Args:
             x: The tokens.
             states: The states that the tokens may see.
             relation: States -> tokens.
             reads: The scan's per-token reads; a scan reads in order, hence causally.
+            place: ``[P]``, which tokens to predict for; ``None`` for all, in order.
         """
-        tokens = x + self.readout((states, x), relation)
-        tokens = self.norm(tokens if reads is None else tokens + reads)
-        return self.lin_out(self.dropout(tokens)), tokens
+        read = self.readout((states, x), relation)
+        if self.gains is not None and reads is not None:
+            tokens = self.norm(self.gains[0] * x + self.gains[1] * read + reads)
+        else:
+            tokens = self.norm(x + read)
+        asked = tokens if place is None else tokens[place]
+        return self.lin_out(self.dropout(asked)), tokens

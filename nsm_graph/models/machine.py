@@ -13,10 +13,10 @@ from torch_geometric.data import HeteroData
 from nsm_graph.memory import StateManager, routing_mass
 from nsm_graph.models import hetero
 from nsm_graph.models.cell import StateMachineCell
-from nsm_graph.models.embedding import TokenEmbedding
+from nsm_graph.models.embedding import TokenEmbedding, tied_output
 from nsm_graph.models.graph import GraphPasses, read_passes
 from nsm_graph.models.heads import ExampleHead, TokenHead
-from nsm_graph.models.options import check_input, check_options
+from nsm_graph.models.options import check_at, check_input, check_options
 from nsm_graph.models.segments import SegmentPlan, plan_segments
 from nsm_graph.models.sequence import read_sequence
 from nsm_graph.models.state import MachineOutput, MachineState, Reading, Record
@@ -68,6 +68,8 @@ class NeuralStateMachine(nn.Module):
             (default: :obj:`None`)
         head: ``"example"`` (classification, regression), ``"token"`` (labels) or ``"next_token"``
             (causal). (default: :obj:`"example"`)
+        tie_embeddings: Token heads over symbols: one table for input and output.
+            (default: :obj:`False`)
         position: ``"learned"``, ``"rotary"`` or ``"relative"`` inside a segment, ``"sinusoidal"``
             along the stream, or ``None``; ``"auto"`` is learned for sequences without a scan, else
             none. The scan itself reads tokens without positions. (default: :obj:`"auto"`)
@@ -121,6 +123,7 @@ class NeuralStateMachine(nn.Module):
         num_embeddings: int | list[int] | None = None,
         token_channels: int | None = None,
         head: str = "example",
+        tie_embeddings: bool = False,
         position: str | None = "auto",
         top_k: int | None = None,
         routing_reduce: str = "sum",
@@ -210,12 +213,24 @@ class NeuralStateMachine(nn.Module):
             self.passes = GraphPasses(
                 token_channels, state_channels, heads, self.num_steps or 1, conv, dropout
             )
+        tied = None
+        if tie_embeddings:
+            if head == "example":
+                raise ValueError("tie_embeddings is for token heads, which can predict symbols")
+            tied = tied_output(self.embedding, token_channels, out_channels)
         self.head: ExampleHead | TokenHead
         if head == "example":
             self.head = ExampleHead(state_channels, max_states, out_channels, pool, dropout)
         else:
             self.head = TokenHead(
-                token_channels, state_channels, out_channels, heads, head == "next_token", dropout
+                token_channels,
+                state_channels,
+                out_channels,
+                heads,
+                head == "next_token",
+                dropout,
+                has_scan=scan is not None,
+                output=tied,
             )
         self.manager.register_dependent(self.cell)
         self.manager.register_dependent(self.head)
@@ -297,6 +312,7 @@ class NeuralStateMachine(nn.Module):
         edge_attr: Tensor | None = None,
         pe: Tensor | None = None,
         segment_length: int | None = None,
+        at: Tensor | None = None,
     ) -> Tensor:
         """The prediction, nothing else; see :meth:`run` for the arguments."""
         return self.run(
@@ -307,6 +323,7 @@ class NeuralStateMachine(nn.Module):
             edge_attr=edge_attr,
             pe=pe,
             segment_length=segment_length,
+            at=at,
         ).out
 
     def run(
@@ -320,6 +337,7 @@ class NeuralStateMachine(nn.Module):
         edge_attr: Tensor | None = None,
         pe: Tensor | None = None,
         segment_length: int | None = None,
+        at: Tensor | None = None,
         record: bool = False,
     ) -> MachineOutput:
         r"""Everything: prediction, per-token read-outs, the state to carry on, what happened.
@@ -338,12 +356,16 @@ class NeuralStateMachine(nn.Module):
             pe: Positional encoding of a graph's nodes. (default: :obj:`None`)
             segment_length: Read so many tokens at a time in this call; with a scan any number, in
                 training and in use. (default: :obj:`None`)
+            at: Token heads: predict only for these tokens (their numbers, in any order); where few
+                tokens are asked, of many classes, that saves most of the work.
+                (default: :obj:`None`)
             record: Keep routing, attention, gates and states of every step.
                 (default: :obj:`False`)
         """
         ptr = check_input(
             self, x, batch, batch_size, state, edge_index, edge_attr, pe, segment_length
         )
+        check_at(at, x.size(0), isinstance(self.head, TokenHead))
         if state is None:
             state = self._initial_state(ptr.numel() - 1)
         notes = Record() if record else None
@@ -389,7 +411,7 @@ class NeuralStateMachine(nn.Module):
             )
         if self.training and reading.weights is not None:
             self._observe(reading.weights, reading.routes)
-        out, tokens = self._predict(reading)
+        out, tokens = self._predict(reading, at)
         return MachineOutput(out, tokens, reading.state, notes)
 
     def from_hetero(self, data: HeteroData) -> HeteroData:
@@ -451,7 +473,7 @@ class NeuralStateMachine(nn.Module):
         shown = is_shown.to(states.dtype)[example].unsqueeze(1)
         return torch.cat([states[:, :kept], states[:, kept:] * shown], dim=1)
 
-    def _predict(self, reading: Reading) -> tuple[Tensor, Tensor | None]:
+    def _predict(self, reading: Reading, at: Tensor | None) -> tuple[Tensor, Tensor | None]:
         state = reading.state
         num_examples, num_states = state.num_examples, state.slots.numel()
         if isinstance(self.head, ExampleHead):
@@ -467,8 +489,9 @@ class NeuralStateMachine(nn.Module):
             seen = F.pad(seen[:, self.cell.kept_channels :], (self.cell.kept_channels, 0))
             example = reading.groups.repeat_interleave(num_states)
             seen = self._hide_gated(seen, example, num_examples)
-        out, tokens = self.head(reading.tokens, seen, reading.relation.reverse(), reading.reads)
-        if reading.token_order is None:
-            return out, tokens
-        place = torch.argsort(reading.token_order)
-        return out[place], tokens[place]
+        place = None if reading.token_order is None else torch.argsort(reading.token_order)
+        asked = at if place is None else place if at is None else place[at]
+        out, tokens = self.head(
+            reading.tokens, seen, reading.relation.reverse(), reading.reads, asked
+        )
+        return out, tokens if place is None else tokens[place]

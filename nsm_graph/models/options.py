@@ -191,6 +191,23 @@ def check_batch(x: Tensor, batch: Tensor | None, batch_size: int | None) -> Tens
     return ptr_from_batch(batch, batch_size)
 
 
+def check_at(at: Tensor | None, num_tokens: int, has_token_head: bool) -> None:
+    """Raises unless ``at`` names tokens, and there is something to predict for each."""
+    if at is None:
+        return
+    if not has_token_head:
+        raise ValueError('at= names tokens, but head="example" predicts for examples; leave it out')
+    if at.dim() != 1 or at.is_floating_point() or at.dtype == torch.bool:
+        raise ValueError(
+            f"at must hold the numbers of tokens, integers (P,), but has shape {tuple(at.shape)} "
+            f"and dtype {at.dtype}; use mask.nonzero().flatten() for a mask"
+        )
+    if at.numel() > 0 and (int(at.min()) < 0 or int(at.max()) >= num_tokens):
+        raise ValueError(
+            f"at names tokens {int(at.min())} to {int(at.max())}, but x has {num_tokens} rows"
+        )
+
+
 def _check_state(machine: NeuralStateMachine, state: MachineState, batch_size: int | None) -> None:
     slots = machine.manager.slots
     if batch_size not in (None, state.num_examples):

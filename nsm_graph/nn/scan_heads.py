@@ -10,11 +10,11 @@ from nsm_graph.ops.delta_scan import DeltaSteps
 from nsm_graph.ops.segment import widen
 
 #: How far a gate overshoots the interval [0, 1] before it is cut off there.
-STRETCH = 0.1
+STRETCH = 0.5
 
 
 def hard_gate(logits: Tensor) -> Tensor:
-    r""":math:`\mathrm{clamp}(1.2 \, \sigma(z) - 0.1, 0, 1)`: a gate that closes and opens exactly.
+    r""":math:`\mathrm{clamp}(2 \, \sigma(z) - 0.5, 0, 1)`: a gate that closes and opens exactly.
 
     A million tokens that each leak a thousandth leave nothing; a gate at exactly 0 leaks nothing.
     """
@@ -74,9 +74,9 @@ class TransitionHeads(nn.Module):
         nn.init.zeros_(self.lin_beta.bias)
         # Almost open and almost closed, but not cut off: a gate that is cut off gets no gradient.
         if self.lin_decay is not None:
-            nn.init.constant_(self.lin_decay.bias, 2.2)
+            nn.init.constant_(self.lin_decay.bias, 1.0)
         if self.lin_write is not None:
-            nn.init.constant_(self.lin_write.bias, -2.0)
+            nn.init.constant_(self.lin_write.bias, -1.0)
 
     def steps(
         self, x_BSC: Tensor, weights_BSN: Tensor | None, gate_BSN: Tensor | None

@@ -46,7 +46,8 @@ class SegmentScan(nn.Module):
 
     Source: ours (X8). With several ``layers`` each owns some of the heads, and a later one reads
     tokens that know what the earlier ones held:
-    :math:`x + \mathrm{MLP}([x, \mathrm{LayerNorm}(y)])`.
+    :math:`x + \mathrm{MLP}([x, \mathrm{LayerNorm}(y)])`. What tokens read is linear in
+    :math:`\mathrm{LayerNorm}(y)`, plus such an MLP where there are several layers.
 
     Args:
         token_channels: Size of each token.
@@ -171,13 +172,14 @@ class SegmentScan(nn.Module):
         self.norms = nn.ModuleList(
             nn.LayerNorm(layer.heads * self.head_channels) for layer in self.layers
         )
+        # One layer alone is read linearly; several are there because that does not suffice.
         self.mixers = nn.ModuleList(
             nn.Sequential(
                 nn.Linear(token_channels + layer.heads * self.head_channels, 2 * token_channels),
                 nn.ReLU(),
                 nn.Linear(2 * token_channels, token_channels),
             )
-            for layer in self.layers[:-1]
+            for layer in (self.layers if layers > 1 else ())
         )
         self.lin_read = Linear(self.scanned_channels, token_channels)
         self._has_warned = False
@@ -333,8 +335,7 @@ class SegmentScan(nn.Module):
         for index, layer in enumerate(self.layers):
             if index > 0:
                 assert tokens is not None
-                read = reads[-1][:, : tokens.x_BSC.size(1)]
-                mixed = self.mixers[index - 1](torch.cat([tokens.x_BSC, read], dim=-1))
+                mixed = self._mix(index - 1, tokens.x_BSC, reads[-1])
                 tokens = tokens._replace(x_BSC=tokens.x_BSC + mixed)
                 prepared = layer.prepare(tokens, reads=True)
             assert isinstance(layer, ScanLayer)
@@ -353,8 +354,15 @@ class SegmentScan(nn.Module):
             self._warn_of_drift(new, new_states)
         if len(reads) < len(self.layers):
             return new_states, None
-        read = torch.cat(reads, dim=-1)[:, : sources.max_count]
-        return new_states, self.lin_read(sources.unpad(read))
+        out = self.lin_read(torch.cat(reads, dim=-1)[:, : sources.max_count])
+        if tokens is not None:
+            out = out + self._mix(-1, tokens.x_BSC, reads[-1])[:, : sources.max_count]
+        return new_states, sources.unpad(out)
+
+    def _mix(self, layer: int, x_BSC: Tensor, read_BSX: Tensor) -> Tensor:
+        """What a layer's read says about each token, ``[B, S, C_t]``."""
+        read_BSX = read_BSX[:, : x_BSC.size(1)]  # reads go on to the end of the last chunk
+        return self.mixers[layer](torch.cat([x_BSC, read_BSX], dim=-1))
 
     def _warn_of_drift(self, exact: Tensor, rounded: Tensor) -> None:
         """States in 16 bits lose what reflections keep; said once, with the measured loss."""

@@ -17,6 +17,7 @@ from nsm_graph.models.baselines import (
     count_parameters,
     match_parameters,
 )
+from nsm_graph.models.delta_net import DeltaNetBaseline
 from nsm_graph.models.machine import NeuralStateMachine
 from nsm_graph.nn import SegmentScan
 from nsm_graph.topology import Topology
@@ -47,6 +48,8 @@ def build_model(config: Config, info: DatasetInfo) -> nn.Module:
         options |= _machine_options(config, info)
         return NeuralStateMachine(info.in_channels, out_channels=info.out_channels, **options)
     channels = options.pop("channels")
+    if kind == "deltanet":
+        return DeltaNetBaseline(info.in_channels, channels, info.out_channels, **options)
     if kind == "transformer":
         return TransformerBaseline(info.in_channels, channels, info.out_channels, **options)
     return RecurrentBaseline(info.in_channels, channels, info.out_channels, cell=kind, **options)
@@ -56,12 +59,13 @@ def matched_baseline(config: Config, kind: str, info: DatasetInfo, target: nn.Mo
     """The config with a baseline whose parameter count is nearest to that of `target`."""
 
     def with_width(channels: int) -> Config:
-        return replace(config, model=ModelConfig(kind=kind, channels=channels))
+        tie = config.model.tie_embeddings
+        return replace(config, model=ModelConfig(kind=kind, channels=channels, tie_embeddings=tie))
 
     def make(channels: int) -> nn.Module:
         return build_model(with_width(channels), info)
 
-    step = 4 if kind == "transformer" else 1  # a width that its heads divide
+    step = 4 if kind in ("transformer", "deltanet") else 1  # a width that its heads divide
     return with_width(match_parameters(make, count_parameters(target), step=step))
 
 

@@ -132,6 +132,8 @@ class TrainConfig:
         threads: CPU threads of every operation; PyTorch's own choice if not given. A small model is
             about as fast on one, and does not stall where other programs share the processor.
         precision: Of Lightning Fabric: 32-true, bf16-mixed, 16-mixed, bf16-true, 64-true.
+        label_smoothing: Classification: share of the target that is spread over all classes in the
+            training loss; keeps up the pressure towards exact states when all answers are right.
         random_segments: nsm: every batch is read in segments of a random length, up to
             model.segment_length.
         curriculum: sequence tasks: training accuracy at which lengths grow towards
@@ -152,6 +154,7 @@ class TrainConfig:
     devices: int = 1
     threads: int | None = None
     precision: str = "32-true"
+    label_smoothing: float = 0.0
     random_segments: bool = False
     curriculum: float | None = None
     min_length: int | None = None
@@ -170,6 +173,7 @@ class TrainConfig:
         check_range("train.warmup", self.warmup, 0, 0.9)
         check_range("train.clip", self.clip, 0, above=True)
         check_range("train.threads", self.threads, 1)
+        check_range("train.label_smoothing", self.label_smoothing, 0, 0.9)
         check_range("train.curriculum", self.curriculum, 0, 1)
         check_range("train.min_length", self.min_length, 1)
         if self.devices != 1:
@@ -196,7 +200,7 @@ class Config:
         train: The training.
         seed: Weights, order of the examples, dropout.
         compare: Baselines of equal parameter count, trained by the same loop for the same time:
-            gru,lstm,transformer or none.
+            gru,lstm,transformer,deltanet or none.
     """
 
     data: DataConfig = field(default_factory=DataConfig)

@@ -9,7 +9,6 @@ from torch import Tensor
 from torch_geometric.data import Batch
 
 from nsm_graph.data import TaskSequences
-from nsm_graph.data.tasks import IGNORED
 
 #: Share of the batches that have the longest length reached so far.
 FRONTIER_SHARE = 0.7
@@ -66,16 +65,21 @@ class FreshSequences:
             batch = torch.arange(self.batch_size).repeat_interleave(length)
             yield Batch(x=x.flatten(), y=y.flatten(), batch=batch, ptr=ptr)
 
-    def observe(self, out: Tensor, y: Tensor) -> None:
-        """Learns how well the last batch went, and makes sequences longer if well enough."""
+    def observe(self, out: Tensor, y: Tensor, batch: Tensor) -> None:
+        """Learns how well the last batch went, and makes sequences longer if well enough.
+
+        Args:
+            out: Predictions for the tokens that have a label, in order.
+            y: Their labels.
+            batch: Their examples.
+        """
         if self.curriculum is None or self.frontier == self.split.length:
             return
-        # The last token is the hardest; where it has no label, all that have one.
-        rows = y.view(self.batch_size, -1)
-        hit = (out.argmax(-1) == y).view_as(rows)
-        last = rows[:, -1] != IGNORED
-        scored = hit[last, -1] if bool(last.any()) else hit[rows != IGNORED]
-        self.average = DECAY * self.average + (1 - DECAY) * scored.double().mean().item()
+        # The last answer of a sequence is the hardest.
+        is_last = torch.ones_like(batch, dtype=torch.bool)
+        is_last[:-1] = batch[1:] != batch[:-1]
+        hit = (out[is_last].argmax(-1) == y[is_last]).double().mean().item()
+        self.average = DECAY * self.average + (1 - DECAY) * hit
         if self.average > self.curriculum:
             self.frontier = min(self.frontier + max(1, self.frontier // 4), self.split.length)
             self.average = 0.5

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning_fabric.wrappers import _FabricModule as Engine
@@ -11,10 +11,20 @@ from torch import Tensor
 from torch_geometric.data import Data
 
 from nsm_graph.data import DatasetInfo
+from nsm_graph.data.tasks import IGNORED
 from nsm_graph.training.batches import batches
 from nsm_graph.training.build import model_inputs
 from nsm_graph.training.config import Config
 from nsm_graph.training.task import Task
+
+
+class Predicted(NamedTuple):
+    """A prediction beside what it is compared with; only tokens that have a label are asked."""
+
+    out: Tensor
+    y: Tensor
+    batch: Tensor  #: the example of each target
+    state: Any  #: to carry on with (text only), detached
 
 
 def predict(
@@ -24,15 +34,21 @@ def predict(
     batch: Data,
     state: Any,
     segment_length: int | None = None,
-) -> tuple[Tensor, Any]:
-    """The prediction for a batch; for text also the states, detached, to carry on with."""
+) -> Predicted:
+    """The prediction for a batch."""
     inputs = model_inputs(config.model, batch)
     if segment_length is not None:
         inputs["segment_length"] = segment_length
-    if task.kind != "next_token":
-        return engine(**inputs), None
-    output = engine.run(**inputs, state=state)
-    return output.out, None if output.state is None else output.state.detach()
+    if task.kind == "next_token":
+        output = engine.run(**inputs, state=state)
+        state = None if output.state is None else output.state.detach()
+        return Predicted(output.out, batch.y, batch.batch, state)
+    y, example = batch.y, batch.batch
+    if task.kind == "token_classification":
+        asked = (y != IGNORED).nonzero().flatten()
+        if asked.numel() < y.numel():
+            inputs["at"], y, example = asked, y[asked], example[asked]
+    return Predicted(engine(**inputs), y, example, None)
 
 
 @torch.no_grad()
@@ -52,7 +68,8 @@ def evaluate(
     sums, state = torch.zeros(5, dtype=torch.double), None
     for batch in batches(config, info, split):
         batch = batch.to(engine.device)
-        out, state = predict(engine, config, task, batch, state, segment_length)
-        sums += task.count(out, batch.y, batch.batch)
+        predicted = predict(engine, config, task, batch, state, segment_length)
+        state = predicted.state
+        sums += task.count(predicted.out, predicted.y, predicted.batch, batch.num_graphs)
     engine.train(was_training)
     return task.metrics(sums)

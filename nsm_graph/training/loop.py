@@ -83,8 +83,9 @@ def fit(
                 batch = batch.to(fabric.device)
 
                 segment = _segment_length(config, order)
-                out, state = predict(engine, config, task, batch, state, segment)
-                loss = task.loss(out, batch.y)
+                predicted = predict(engine, config, task, batch, state, segment)
+                state = predicted.state
+                loss = task.loss(predicted.out, predicted.y, train.label_smoothing)
                 _check_loss(loss, step, train)
                 stepper.zero_grad()
                 fabric.backward(loss)
@@ -96,8 +97,9 @@ def fit(
 
                 step += 1
                 if isinstance(loader, FreshSequences):
-                    loader.observe(out.detach(), batch.y)
-                sums += task.count(out.detach(), batch.y, batch.batch)
+                    loader.observe(predicted.out, predicted.y, predicted.batch)
+                out = predicted.out.detach()
+                sums += task.count(out, predicted.y, predicted.batch, batch.num_graphs)
                 progress = schedule.progress(step, time.monotonic() - start)
                 bar.update(progress)
                 if progress >= 1.0:

@@ -11,10 +11,10 @@ KINDS = ("nsm", "gru", "lstm", "transformer", "deltanet")
 SCAN_KEYS = (*("memory_heads", "gated_heads", "reflections", "decay", "write", "gated_dropout"),)
 OFF_AT_ZERO = ("memory_heads", "gated_heads")
 BASELINE_KEYS = {
-    "gru": ("channels",),
-    "lstm": ("channels",),
-    "transformer": ("channels", "num_layers", "heads", "dropout"),
-    "deltanet": ("channels", "num_layers", "heads", "reflections"),
+    "gru": ("channels", "tie_embeddings"),
+    "lstm": ("channels", "tie_embeddings"),
+    "transformer": ("channels", "num_layers", "heads", "dropout", "tie_embeddings"),
+    "deltanet": ("channels", "num_layers", "heads", "reflections", "tie_embeddings"),
 }
 
 
@@ -51,6 +51,7 @@ class ModelConfig:
         reflections: scan, deltanet: reflections of each token.
         decay: scan: whether tokens may decay states.
         write: scan: whether tokens may write into states.
+        tie_embeddings: Tasks over symbols: one table for input and output.
         gated_dropout: scan: share of examples whose gated heads are hidden in training.
     """
 
@@ -82,6 +83,7 @@ class ModelConfig:
     decay: bool | None = None
     write: bool | None = None
     gated_dropout: float | None = None
+    tie_embeddings: bool | None = None
 
     def __post_init__(self) -> None:
         check_types(self, "model.")

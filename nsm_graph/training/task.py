@@ -53,14 +53,21 @@ class Task:
         """The metric that tables show and that picks the best checkpoint."""
         return {"regression": "mae", "next_token": "loss"}.get(self.kind, "accuracy")
 
-    def loss(self, out: Tensor, y: Tensor) -> Tensor:
+    def loss(self, out: Tensor, y: Tensor, label_smoothing: float = 0.0) -> Tensor:
         """Cross-entropy in nats, or the absolute error in standard deviations; a mean."""
         if self.kind == "regression":
             return self._error(out, y).mean()
-        return F.cross_entropy(_full(out), y)
+        return F.cross_entropy(_full(out), y, label_smoothing=label_smoothing)
 
-    def count(self, out: Tensor, y: Tensor, batch: Tensor) -> Tensor:
-        """Sums over a batch: loss, hits (or error), targets, wholly right sequences, sequences."""
+    def count(self, out: Tensor, y: Tensor, batch: Tensor, size: int) -> Tensor:
+        """Sums over a batch: loss, hits (or error), targets, wholly right sequences, sequences.
+
+        Args:
+            out: One prediction for each target.
+            y: The targets.
+            batch: The example of each target; not looked at where examples have one target each.
+            size: Number of examples.
+        """
         if self.kind == "regression":
             error = self._error(out, y)
             in_unit = error * error.new_tensor(self.std)
@@ -72,7 +79,6 @@ class Task:
             num_scored = is_scored.sum()
             # For one label an example, `batch` has another length than `y`.
             flawed = batch[is_wrong].unique().numel() if self.kind == "token_classification" else 0
-            size = int(batch[-1]) + 1 if batch.numel() else 0
             sums = [loss, num_scored - is_wrong.sum(), num_scored, size - flawed, size]
         return torch.tensor([float(value) for value in sums], dtype=torch.double)
 

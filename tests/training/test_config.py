@@ -31,7 +31,7 @@ def test_data_errors(values, message):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"kind": "rnn"}, "model.kind: expected one of nsm, gru, lstm, transformer; got 'rnn'"),
+        ({"kind": "rnn"}, "model.kind: expected one of nsm, gru, .*, deltanet; got 'rnn'"),
         ({}, "model.state_channels: expected a number"),
         (NSM, "model.segment_length, model.num_steps: expected one of them"),
         (NSM | {"segment_length": 4, "num_steps": 2}, "expected one of them.*got 4 and 2"),
@@ -133,7 +133,9 @@ def test_damaged_yaml_is_named(tmp_path):
 
 
 def test_unknown_task_lists_the_tasks():
-    with pytest.raises(ValueError, match=r"expected one of digits, mnist, .*; got 'chess'"):
+    with pytest.raises(
+        ValueError, match=r"expected one of digits, induction, .*mnist, .*; got 'chess'"
+    ):
         recipe("chess")
 
 
