@@ -32,9 +32,13 @@ class TokenConvolution(nn.Module):
         super().__init__()
         self.token_channels = token_channels
         self.lin = Linear(2 * token_channels, token_channels)
+        self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        self.lin.reset_parameters()
+        # Closed at first: what a token does should not depend on the one before it unless that
+        # helps; a random dependence makes every pair of symbols a symbol of its own to learn.
+        nn.init.zeros_(self.lin.weight)
+        nn.init.zeros_(self.lin.bias)
 
     def forward(self, x: Tensor, examples: Partition, tail: Tensor | None = None) -> Tensor:
         """Runs the forward pass of the module."""

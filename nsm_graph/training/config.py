@@ -113,7 +113,8 @@ class DataConfig:
 class TrainConfig:
     """How the model is trained.
 
-    The learning rate rises over `warmup` of the run and falls to zero along a cosine. Where
+    The learning rate rises over `warmup` of the run, stays until `hold` of it is over, and falls to
+    zero along a cosine. Where
     `epochs` is given the run is measured in steps; `max_seconds` then ends it early only if the
     machine is too slow, and the cosine is shortened to fit. With `max_seconds` alone the run is
     measured in seconds, and no two runs are equal.
@@ -125,6 +126,8 @@ class TrainConfig:
         lr: Highest learning rate.
         weight_decay: Decay of matrices (AdamW).
         warmup: Share of the run in which the learning rate rises.
+        hold: Share of the run at whose end the learning rate begins to fall; a curriculum that is
+            still growing needs it high.
         clip: Highest norm of the gradient.
         keep: Which checkpoint stays: best (on validation) or last.
         accelerator: cpu, cuda, mps or auto.
@@ -148,6 +151,7 @@ class TrainConfig:
     lr: float = 3e-3
     weight_decay: float = 0.01
     warmup: float = 0.05
+    hold: float = 0.0
     clip: float | None = 1.0
     keep: str = "best"
     accelerator: str = "cpu"
@@ -171,6 +175,7 @@ class TrainConfig:
         check_range("train.lr", self.lr, 0, above=True)
         check_range("train.weight_decay", self.weight_decay, 0)
         check_range("train.warmup", self.warmup, 0, 0.9)
+        check_range("train.hold", self.hold, 0, 0.95)
         check_range("train.clip", self.clip, 0, above=True)
         check_range("train.threads", self.threads, 1)
         check_range("train.label_smoothing", self.label_smoothing, 0, 0.9)

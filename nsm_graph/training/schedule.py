@@ -42,4 +42,7 @@ class Schedule:
         if progress < warmup:
             # Never zero: a run of few steps would waste its first.
             return self.config.lr * max(progress / warmup, 0.01)
-        return self.config.lr * 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
+        start = max(warmup, self.config.hold)
+        if progress < start:
+            return self.config.lr
+        return self.config.lr * 0.5 * (1 + math.cos(math.pi * (progress - start) / (1 - start)))

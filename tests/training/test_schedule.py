@@ -41,3 +41,9 @@ def test_the_rate_rises_and_falls():
     assert rates[:11] == sorted(rates[:11])
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert Schedule(TrainConfig(epochs=1, lr=1.0, warmup=0.0), 1).rate(0.0) == 1.0
+
+
+def test_the_rate_is_held_before_it_falls():
+    schedule = Schedule(TrainConfig(epochs=1, lr=1.0, warmup=0.1, hold=0.5), steps_per_epoch=10)
+    rates = [schedule.rate(progress) for progress in (0.05, 0.1, 0.3, 0.5, 0.75, 1.0)]
+    assert rates == pytest.approx([0.5, 1.0, 1.0, 1.0, 0.5, 0.0])
