@@ -20,6 +20,7 @@ commands:
                              [--section.key value ...]
   evaluate RUN [--length L] [--segment-length S] [--examples N] [--snap N] [--json FILE]
                              [--section.key value ...]
+  bench NAME [--json FILE] [--repetitions N]
   info
   --version
 
@@ -46,6 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     commands: dict[str, Callable[[list[str]], None]] = {
         "train": train,
         "evaluate": evaluate,
+        "bench": bench,
         "info": info,
     }
     if argv and argv[0] in ("-h", "--help"):
@@ -145,6 +147,32 @@ def evaluate(argv: list[str]) -> None:
     print(metrics)
     if own["json"] is not None:
         write_whole(Path(own["json"]), metrics + "\n")
+
+
+def bench(argv: list[str]) -> None:
+    """Times the library beside its peers; nothing is printed before it is known to be correct."""
+    from nsm_graph.bench import BENCHES
+
+    parser = argparse.ArgumentParser("nsm-graph bench", description=bench.__doc__)
+    parser.add_argument("name", choices=sorted(BENCHES), help="Which benchmark.")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="Also writes the records there.")
+    parser.add_argument("--repetitions", type=int, default=5, metavar="N", help="Timed turns.")
+    options = parser.parse_args(argv)
+    if options.repetitions < 1:
+        raise UserError(f"--repetitions: expected at least 1; got {options.repetitions}")
+    if options.json is not None and not options.json.resolve().parent.is_dir():
+        raise UserError(f"--json: expected a file in a folder that exists; got {options.json}")
+    records = BENCHES[options.name](repetitions=options.repetitions)
+    wrong = [record.case for record in records if not record.correct]
+    if wrong:
+        raise UserError(f"bench: results differ from the reference in {', '.join(wrong)}")
+    print(f"{'case':58} {'peer':16} {'ours ms':>9} {'peer ms':>9} {'ratio':>6} {'target':>7}")
+    for record in records:
+        numbers = f"{record.ours_ms:9.1f} {record.peer_ms:9.1f} {record.ratio:6.2f}"
+        print(f"{record.case:58} {record.peer:16} {numbers} {record.target:7.2f}")
+    if options.json is not None:
+        text = json.dumps([record.to_dict() for record in records], indent=2)
+        options.json.write_text(text + "\n")
 
 
 def info(argv: list[str]) -> None:

@@ -101,6 +101,7 @@ def read_passes(
     importance: Tensor,
     *,
     num_steps: int,
+    scan_reads: bool,
     edge_index: Tensor | None,
     edge_attr: Tensor | None,
     record: Record | None,
@@ -115,6 +116,7 @@ def read_passes(
         state: The memory before.
         importance: Learnable importance of every slot.
         num_steps: Number of passes.
+        scan_reads: Whether nodes are to read from the scan.
         edge_index: Edges of the graphs, for ``passes``.
         edge_attr: Their embedded features.
         record: To be filled, where given.
@@ -127,7 +129,12 @@ def read_passes(
         if passes is not None:
             tokens = passes.talk(step, tokens, edge_index, edge_attr)
         if passes is not None or step == 0:
-            hoisted, weights = cell.hoist(tokens, place, relation, importance, state.slots)
+            ordered = None if cell.scan is None else cell.scan.convolve(tokens, nodes, None)
+            hoisted, weights = cell.hoist(
+                *(tokens, place, relation, importance, state.slots),
+                scan_tokens=ordered,
+                scan_reads=scan_reads,
+            )
             (inputs,) = cell.connect([hoisted], state.slots)
         if inputs.nodes is not None:
             inputs = inputs._replace(nodes=replace(inputs.nodes, step=step))
@@ -153,7 +160,7 @@ def read_passes(
         relation=relation,
         before=[before],
         after=[states],
-        reads=None,
+        reads=output.reads,
         routes=hoisted.relation,
         weights=weights,
     )

@@ -81,6 +81,8 @@ class NeuralStateMachine(nn.Module):
         min_states: Pruning never leaves fewer. (default: :obj:`1`)
         dropout: Dropout of tokens and of what the head reads. (default: :obj:`0.0`)
         num_steps: Passes over a graph; only with ``segment_length=None``. (default: :obj:`None`)
+        ordered_nodes: The nodes of each graph stand in a meaningful order, so that a scan may read
+            them; only with ``segment_length=None``. (default: :obj:`False`)
         conv: PyG convolution (or one for each pass) between passes, from ``token_channels`` to
             ``token_channels``. (default: :obj:`None`)
         edge_embeddings: Number of edge symbols, embedded for ``conv``. (default: :obj:`None`)
@@ -132,6 +134,7 @@ class NeuralStateMachine(nn.Module):
         min_states: int = 1,
         dropout: float = 0.0,
         num_steps: int | None = None,
+        ordered_nodes: bool = False,
         conv: nn.Module | Sequence[nn.Module] | None = None,
         edge_embeddings: int | None = None,
         edge_channels: int | None = None,
@@ -157,6 +160,7 @@ class NeuralStateMachine(nn.Module):
             head=head,
             position=position,
             scan=scan,
+            ordered_nodes=ordered_nodes,
             conv=conv,
             edge_embeddings=edge_embeddings,
             edge_channels=edge_channels,
@@ -205,6 +209,8 @@ class NeuralStateMachine(nn.Module):
             separate_values=separate_values,
             scan=scan,
         )
+        if head == "example" and hasattr(scan, "rest_reads"):
+            scan.rest_reads()
         if mix == "attention":
             # Importance acts in the router's logits, and there is no router.
             self.manager.importance.requires_grad_(False)
@@ -405,6 +411,7 @@ class NeuralStateMachine(nn.Module):
                 state,
                 self.manager.importance,
                 num_steps=self.num_steps,
+                scan_reads=isinstance(self.head, TokenHead),
                 edge_index=edge_index,
                 edge_attr=edge_attr,
                 record=notes,
@@ -483,11 +490,14 @@ class NeuralStateMachine(nn.Module):
         seen = torch.cat(
             [state.states[:0], *(reading.before if self.head.causal else reading.after)]
         )
-        if self.cell.scan is not None and reading.groups is not None:
+        if self.cell.scan is not None:
             # The scan's channels reach a token through its own read, in order: the states from
             # before or after its segment would make a difference of where segments end.
             seen = F.pad(seen[:, self.cell.kept_channels :], (self.cell.kept_channels, 0))
-            example = reading.groups.repeat_interleave(num_states)
+            groups = reading.groups
+            if groups is None:
+                groups = torch.arange(num_examples, device=seen.device)
+            example = groups.repeat_interleave(num_states)
             seen = self._hide_gated(seen, example, num_examples)
         place = None if reading.token_order is None else torch.argsort(reading.token_order)
         asked = at if place is None else place if at is None else place[at]

@@ -30,6 +30,7 @@ def check_options(
     position: str | None,
     scan: nn.Module | None,
     num_states: int,
+    ordered_nodes: bool,
     conv: object,
     edge_embeddings: int | None,
     edge_channels: int | None,
@@ -64,13 +65,18 @@ def check_options(
     if edge_embeddings is not None and edge_channels is not None:
         raise ValueError("edge_embeddings (symbols) and edge_channels (features) exclude another")
     if segment_length is None:
-        _check_graph_options(head, position, scan, bptt_segments, checkpoint_segments)
+        _check_graph_options(
+            head, position, scan if not ordered_nodes else None, bptt_segments, checkpoint_segments
+        )
+        if scan is not None:
+            _check_scan(scan, num_states=num_states, **sizes)
         if conv is None and (edge_embeddings or edge_channels):
             raise ValueError("edge_embeddings and edge_channels are for conv=, which is None")
         return
     if scan is not None:
         _check_scan(scan, num_states=num_states, **sizes)
     for_graphs = {
+        "ordered_nodes": ordered_nodes or None,
         "num_steps": num_steps,
         "conv": conv,
         "pe_channels": pe_channels,
@@ -115,7 +121,10 @@ def _check_graph_options(
             f"pe_channels for a graph's positional encoding"
         )
     if scan is not None:
-        raise ValueError("scan needs ordered tokens, but the nodes of a graph have no order")
+        raise ValueError(
+            "scan needs ordered tokens, but the nodes of a graph have no order; say "
+            "ordered_nodes=True if the rows of each graph stand in a meaningful one"
+        )
     if head == "next_token":
         raise ValueError('head="next_token" needs ordered tokens; use "token" on graphs')
     for name, value in (

@@ -14,6 +14,7 @@ from nsm_graph.nn.readout import StatePool as StatePool
 from nsm_graph.nn.readout import TokenReadout as TokenReadout
 from nsm_graph.nn.router import Routing as Routing
 from nsm_graph.nn.router import TokenToStateRouter as TokenToStateRouter
+from nsm_graph.nn.scan_aggregation import ScanAggregation as ScanAggregation
 from nsm_graph.nn.segment_scan import SegmentScan as SegmentScan
 from nsm_graph.nn.snap import Snapped as Snapped
 from nsm_graph.nn.snap import StateSnap as StateSnap

@@ -189,6 +189,11 @@ class SegmentScan(nn.Module):
             if module is not self and hasattr(module, "reset_parameters"):
                 module.reset_parameters()
 
+    def rest_reads(self) -> None:
+        """Nobody reads token by token: what only such reads would use is not trained."""
+        for part in (self.lin_read, self.norms[-1], *self.mixers[-1:]):
+            part.requires_grad_(False)
+
     @property
     def scanned_channels(self) -> int:
         """Channels of transition and memory heads: the first of each state."""

@@ -15,9 +15,12 @@ from nsm_graph.ops.delta_scan import chunked, reference
 from nsm_graph.ops.delta_scan.steps import DeltaSteps as DeltaSteps
 
 BACKENDS = ("reference", "chunked")
-#: Corrections that one triangular solve composes. Longer chunks lose digits in float32
+#: Most corrections that one triangular solve composes. Longer chunks lose digits in float32
 #: (`docs/experiments.md`) and cost more: the solve grows with their square.
 MAX_ROWS = 32
+#: A chunk of this many corrections for each row of the memory costs about as much to compose as to
+#: apply; small heads have shorter chunks.
+ROWS_PER_CHANNEL = 2
 
 
 class PreparedScan(NamedTuple):
@@ -101,13 +104,19 @@ def prepare(
         )
     if backend == "reference" or steps.gate_BSQ is not None:
         return PreparedScan(steps=steps, query=query, weight=weight)
-    solved = chunked.solve(steps, max(1, MAX_ROWS // steps.key_BSHRP.size(3)))
+    solved = chunked.solve(steps, _chunk_length(steps))
     reads: chunked.QueryReads | chunked.ColumnReads | None = None
     if query is not None:
         reads = chunked.prepare_query_reads(solved, query)
     elif weight is not None:
         reads = chunked.prepare_column_reads(solved, weight)
     return PreparedScan(maps=chunked.compose(solved), reads=reads)
+
+
+def _chunk_length(steps: DeltaSteps) -> int:
+    """Tokens that one triangular solve composes."""
+    num_corrections, num_rows = steps.key_BSHRP.shape[3:]
+    return max(1, min(MAX_ROWS, max(8, ROWS_PER_CHANNEL * num_rows)) // num_corrections)
 
 
 def run(memory: Tensor, prepared: PreparedScan) -> tuple[Tensor, Tensor | None]:

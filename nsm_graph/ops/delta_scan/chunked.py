@@ -18,18 +18,21 @@ from nsm_graph.ops.delta_scan.steps import DeltaSteps, pad_tokens
 
 
 class Decays(NamedTuple):
-    """What is left at one point of a chunk of what stood there at another; products of decays."""
+    """What is left at one point of a chunk of what stood there at another; products of decays.
+
+    Zero where the other point lies ahead; ``None`` where nothing decays and nothing lies ahead.
+    """
 
     length: int  #: c
-    row_to_row: Tensor  #: ``[.., n, n]``
+    row_to_row: Tensor | None  #: ``[.., n, n]``, below the diagonal
     write_to_row: Tensor  #: ``[.., n, c]``
     row_to_token: Tensor  #: ``[.., c, n]``
     write_to_token: Tensor  #: ``[.., c, c]``
-    start_to_row: Tensor  #: ``[.., n, 1]``
-    start_to_token: Tensor  #: ``[.., c, 1]``
-    row_to_end: Tensor  #: ``[.., n, 1]``
-    write_to_end: Tensor  #: ``[.., c, 1]``
-    start_to_end: Tensor  #: ``[.., 1, 1]``
+    start_to_row: Tensor | None  #: ``[.., n, 1]``
+    start_to_token: Tensor | None  #: ``[.., c, 1]``
+    row_to_end: Tensor | None  #: ``[.., n, 1]``
+    write_to_end: Tensor | None  #: ``[.., c, 1]``
+    start_to_end: Tensor | None  #: ``[.., 1, 1]``
 
 
 class Solved(NamedTuple):
@@ -69,7 +72,7 @@ class ColumnReads(NamedTuple):
     """What tokens read as a weighted sum of the memory's columns: P numbers a token."""
 
     weight_BK1cQ: Tensor
-    start_BKHc1: Tensor
+    start_BKHc1: Tensor | None
     share_BKHcn: Tensor
     w_BKHnP: Tensor
     key_BKHnP: Tensor
@@ -90,10 +93,10 @@ def solve(steps: DeltaSteps, chunk_length: int) -> Solved:
     if row_c is not None and column_c is not None:
         written_n = ((key_n @ row_c.mT) * decays.write_to_row) @ column_c
         error_n = -written_n if error_n is None else error_n - written_n
-    right = decays.start_to_row * key_n
+    right = _left_of(key_n, decays.start_to_row)
     if error_n is not None:
         right = torch.cat([right, error_n], dim=-1)
-    system = (beta_n * (key_n @ key_n.mT) * decays.row_to_row).tril(-1)
+    system = _left_of(beta_n * (key_n @ key_n.mT), decays.row_to_row).tril(-1)
     solved = torch.linalg.solve_triangular(system, beta_n * right, upper=False, unitriangular=True)
     num_rows = key_n.size(-1)
     u_n = None if error_n is None else solved[..., num_rows:]
@@ -103,16 +106,16 @@ def solve(steps: DeltaSteps, chunk_length: int) -> Solved:
 def compose(solved: Solved) -> ChunkMaps:
     """Every chunk as one affine map."""
     key, w, u, row, column, decays = solved
-    left = (decays.row_to_end * key).mT
+    left = _left_of(key, decays.row_to_end).mT
     offset = None if u is None else left @ u
     if row is not None and column is not None:
         assert offset is not None  # writes make errors
-        offset = offset + (decays.write_to_end * row).mT @ column
+        offset = offset + _left_of(row, decays.write_to_end).mT @ column
     num_rows, kept = key.size(-1), decays.start_to_end
     if num_rows > key.size(-2):
-        return ChunkMaps(None, kept.expand(*key.shape[:3], 1, 1), left, w, offset)
+        return ChunkMaps(None, kept, left, w, offset)
     eye = torch.eye(num_rows, dtype=key.dtype, device=key.device)
-    return ChunkMaps(kept * eye - left @ w, None, None, None, offset)
+    return ChunkMaps(_left_of(eye, kept) - left @ w, None, None, None, offset)
 
 
 def advance(memory_BHPQ: Tensor, maps: ChunkMaps) -> list[Tensor]:
@@ -123,8 +126,9 @@ def advance(memory_BHPQ: Tensor, maps: ChunkMaps) -> list[Tensor]:
         if matrix is not None:
             after = matrix @ before
         else:
-            assert kept is not None and left is not None and right is not None  # noqa: PT018
-            after = kept * before - left @ (right @ before)
+            assert left is not None
+            assert right is not None
+            after = _left_of(before, kept) - left @ (right @ before)
         memories.append(after if offset is None else after + offset)
     return memories
 
@@ -138,7 +142,7 @@ def prepare_query_reads(solved: Solved, query_BSHP: Tensor) -> QueryReads:
     if row is not None and column is not None:
         assert offset is not None
         offset = offset + ((query_c @ row.mT) * decays.write_to_token) @ column
-    return QueryReads(decays.start_to_token * query_c - seen_cn @ w, offset)
+    return QueryReads(_left_of(query_c, decays.start_to_token) - seen_cn @ w, offset)
 
 
 def prepare_column_reads(solved: Solved, weight_BSQ: Tensor) -> ColumnReads:
@@ -149,15 +153,9 @@ def prepare_column_reads(solved: Solved, weight_BSQ: Tensor) -> ColumnReads:
     if row is not None and column is not None:
         assert offset is not None
         offset = offset + ((weight_c @ column.mT) * decays.write_to_token) @ row
-    shape = key.shape[:3]
-    return ColumnReads(
-        weight_c,
-        decays.start_to_token.expand(*shape, -1, -1),
-        decays.row_to_token.expand(*shape, -1, -1),
-        w,
-        key,
-        offset,
-    )
+    # Every tensor of a prepared scan counts examples first.
+    share = decays.row_to_token.expand(*key.shape[:3], -1, -1)
+    return ColumnReads(weight_c, decays.start_to_token, share, w, key, offset)
 
 
 def read(memories: list[Tensor], reads: QueryReads | ColumnReads) -> Tensor:
@@ -169,7 +167,7 @@ def read(memories: list[Tensor], reads: QueryReads | ColumnReads) -> Tensor:
     else:
         start_cP = reads.weight_BK1cQ @ before_BKHPQ.mT
         corrected = ((start_cP @ reads.w_BKHnP.mT) * reads.share_BKHcn) @ reads.key_BKHnP
-        out_BKHcX = reads.start_BKHc1 * start_cP - corrected
+        out_BKHcX = _left_of(start_cP, reads.start_BKHc1) - corrected
         offset = reads.offset_BKHcP
     out_BKHcX = out_BKHcX if offset is None else out_BKHcX + offset
     return out_BKHcX.transpose(2, 3).flatten(1, 2)
@@ -188,18 +186,29 @@ def _decays(steps: DeltaSteps, length: int) -> Decays:
     before, after = table[..., :-1, :], table[..., 1:, :]
     before_row = before[..., token_of_row, :]
     is_past = token_of_row <= token.unsqueeze(1)  # a token's own corrections are
+    masks = {
+        "write_to_row": before_row[..., 1:],
+        "row_to_token": after[..., token_of_row] * is_past,
+        "write_to_token": after[..., 1:],
+    }
+    if steps.decay_BSH is None:
+        return Decays(length, None, start_to_row=None, start_to_token=None, row_to_end=None,
+                      write_to_end=None, start_to_end=None, **masks)  # fmt: skip
     return Decays(
         length=length,
         row_to_row=before_row[..., token_of_row],
-        write_to_row=before_row[..., 1:],
-        row_to_token=after[..., token_of_row] * is_past,
-        write_to_token=after[..., 1:],
         start_to_row=before_row[..., :1],
         start_to_token=after[..., :1],
         row_to_end=after[..., -1, token_of_row].unsqueeze(-1),
         write_to_end=after[..., -1, 1:].unsqueeze(-1),
         start_to_end=after[..., -1, :1].unsqueeze(-1),
+        **masks,
     )
+
+
+def _left_of(rows: Tensor, share: Tensor | None) -> Tensor:
+    """What decays left of rows."""
+    return rows if share is None else share * rows
 
 
 def _products(decay_c: Tensor) -> Tensor:

@@ -1,0 +1,59 @@
+"""One line of a benchmark, and how times are taken."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+def environment() -> dict[str, Any]:
+    """What the numbers depend on."""
+    return {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+@dataclass(frozen=True)
+class BenchRecord:
+    """Ours beside a peer's, from the same run; `ratio` above 1 means ours is better."""
+
+    case: str
+    peer: str
+    ours_ms: float
+    peer_ms: float
+    correct: bool
+    target: float
+    ours_mib: float | None = None
+    peer_mib: float | None = None
+    env: dict[str, Any] = field(default_factory=environment)
+
+    @property
+    def ratio(self) -> float:
+        return self.peer_ms / self.ours_ms
+
+    def to_dict(self) -> dict[str, Any]:
+        """What JSON can hold, with the ratio."""
+        return {**vars(self), "ratio": self.ratio}
+
+
+def interleaved_medians(
+    runs: Mapping[str, Callable[[], object]], repetitions: int
+) -> dict[str, float]:
+    """Median milliseconds of each run; they take turns, so that all see the same machine."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for repetition in range(repetitions + 1):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            if repetition > 0:  # the first turn warms up
+                times[name].append(1000 * (time.perf_counter() - start))
+    return {name: statistics.median(values) for name, values in times.items()}
