@@ -359,14 +359,14 @@ class SegmentScan(nn.Module):
             self._warn_of_drift(new, new_states)
         if len(reads) < len(self.layers):
             return new_states, None
-        out = self.lin_read(torch.cat(reads, dim=-1)[:, : sources.max_count])
+        out = self.lin_read(torch.cat(reads, dim=-1))
         if tokens is not None:
-            out = out + self._mix(-1, tokens.x_BSC, reads[-1])[:, : sources.max_count]
-        return new_states, sources.unpad(out)
+            out = out + self._mix(-1, tokens.x_BSC, reads[-1])
+        # All groups are hoisted at the length of the longest; this step's may be shorter.
+        return new_states, sources.unpad(out[:, : sources.max_count])
 
     def _mix(self, layer: int, x_BSC: Tensor, read_BSX: Tensor) -> Tensor:
         """What a layer's read says about each token, ``[B, S, C_t]``."""
-        read_BSX = read_BSX[:, : x_BSC.size(1)]  # reads go on to the end of the last chunk
         return self.mixers[layer](torch.cat([x_BSC, read_BSX], dim=-1))
 
     def _warn_of_drift(self, exact: Tensor, rounded: Tensor) -> None:

@@ -34,6 +34,7 @@ class PreparedScan(NamedTuple):
     steps: DeltaSteps | None = None
     query: Tensor | None = None
     weight: Tensor | None = None
+    num_tokens: int = 0
 
 
 def delta_scan(
@@ -78,9 +79,7 @@ def delta_scan(
     _check(memory, steps, query, weight)
     if steps.num_tokens == 0:
         backend = "reference"
-    prepared = prepare(steps, query=query, weight=weight, backend=backend)
-    memory, reads = run(memory, prepared)
-    return memory, None if reads is None else reads[:, : steps.num_tokens]
+    return run(memory, prepare(steps, query=query, weight=weight, backend=backend))
 
 
 def prepare(
@@ -110,7 +109,8 @@ def prepare(
         reads = chunked.prepare_query_reads(solved, query)
     elif weight is not None:
         reads = chunked.prepare_column_reads(solved, weight)
-    return PreparedScan(maps=chunked.compose(solved), reads=reads)
+    maps = chunked.compose(solved)
+    return PreparedScan(maps=maps, reads=reads, num_tokens=steps.num_tokens)
 
 
 def _chunk_length(steps: DeltaSteps) -> int:
@@ -120,14 +120,14 @@ def _chunk_length(steps: DeltaSteps) -> int:
 
 
 def run(memory: Tensor, prepared: PreparedScan) -> tuple[Tensor, Tensor | None]:
-    """The rest of :func:`delta_scan`; reads may go on over empty tokens at the end."""
+    """The rest of :func:`delta_scan`."""
     if prepared.steps is not None:
         return reference.delta_scan(memory, prepared.steps, prepared.query, prepared.weight)
     assert prepared.maps is not None
     memories = chunked.advance(memory, prepared.maps)
     if prepared.reads is None:
         return memories[-1], None
-    return memories[-1], chunked.read(memories, prepared.reads)
+    return memories[-1], chunked.read(memories, prepared.reads)[:, : prepared.num_tokens]
 
 
 def _check(memory: Tensor, steps: DeltaSteps, query: Tensor | None, weight: Tensor | None) -> None:
