@@ -112,8 +112,13 @@ def evaluate(argv: list[str]) -> None:
         "nsm-graph evaluate RUN [--length L] [--segment-length S] [--examples N] [--snap N] "
         "[--json FILE] [--section.key value ...]"
     )
+    parser.add_argument(
+        "--length",
+        type=str | None,
+        metavar="L",
+        help="Only the first L tokens of each sequence; of a task any length, or A:B for a range.",
+    )
     for name, metavar, text in (
-        ("--length", "L", "Only the first L tokens of each sequence; of a task any length."),
         ("--segment-length", "S", "Read so many tokens at a time."),
         ("--examples", "N", "Task: number of sequences."),
         ("--snap", "N", "Task: draw states to codes derived from N unlabelled sequences."),
@@ -143,10 +148,20 @@ def evaluate(argv: list[str]) -> None:
     check_same_run(trained, config)
 
     options = {key: own[key] for key in ("segment_length", "examples", "snap")}
-    metrics = json.dumps(evaluate_run(config, run, own["length"], **options), indent=2)
+    metrics = json.dumps(evaluate_run(config, run, _length(own["length"]), **options), indent=2)
     print(metrics)
     if own["json"] is not None:
         write_whole(Path(own["json"]), metrics + "\n")
+
+
+def _length(text: str | int | None) -> int | tuple[int, int] | None:
+    """One length, or the two ends of a range."""
+    if text is None:
+        return None
+    ends = str(text).split(":")
+    if len(ends) > 2 or not all(end.isdigit() for end in ends):
+        raise UserError(f"--length: expected a number, or A:B for a range; got {text}")
+    return int(ends[0]) if len(ends) == 1 else (int(ends[0]), int(ends[1]))
 
 
 def bench(argv: list[str]) -> None:

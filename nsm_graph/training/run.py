@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from nsm_graph.training.config import Config
 from nsm_graph.training.directory import run_directory, write_whole
 from nsm_graph.training.evaluate import evaluate
 from nsm_graph.training.loop import Fitted, check_splits, fit, make_engine
-from nsm_graph.training.stream import StreamTest, evaluate_stream
+from nsm_graph.training.stream import StreamTest, evaluate_stream, spread_lengths
 from nsm_graph.training.task import Task
 
 
@@ -86,7 +87,7 @@ def check_same_run(trained: Config, config: Config) -> None:
 def evaluate_run(
     config: Config,
     run: Path,
-    length: int | None = None,
+    length: int | tuple[int, int] | None = None,
     *,
     segment_length: int | None = None,
     examples: int | None = None,
@@ -98,14 +99,18 @@ def evaluate_run(
         config: The run's config; `data` may differ, as where it lies.
         run: The run directory.
         length: Evaluate on the first so many tokens of each sequence; for a task on sequences of
-            that length, of whatever length, in bounded memory.  (default: :obj:`None`)
+            that length, of whatever length, in bounded memory, or at :data:`NUM_LENGTHS` lengths
+            from one to another, whose metrics are averaged.  (default: :obj:`None`)
         segment_length: Read so many tokens at a time.  (default: :obj:`None`)
         examples: Task: number of sequences.  (default: :obj:`None`)
         snap: Task: draw states to codes that are derived from so many unlabelled sequences of one
             segment.  (default: :obj:`None`)
     """
+    shortest, longest = length if isinstance(length, tuple) else (length, length)
+    if shortest is not None and longest is not None and longest < shortest:
+        raise ValueError(f"--length: expected A:B with A at most B; got {shortest}:{longest}")
     for name, value in (
-        ("length", length),
+        ("length", shortest),
         ("segment-length", segment_length),
         ("examples", examples),
         ("snap", snap),
@@ -133,24 +138,29 @@ def evaluate_run(
         )
     model = build_model(config, splits.info)
     load_checkpoint(run / "checkpoint", model)
-    about = {"length": length, "model": config.model.kind, "data": splits.info.name}
+    about: dict[str, Any] = {"length": length, "model": config.model.kind, "data": splits.info.name}
     if isinstance(splits.test, TaskSequences):
         if snap is not None:
             _fit_snap(model, config, splits.test, snap)
-        test = StreamTest(
-            splits.test.task,
-            splits.test.task.valid_length(length or splits.test.length),
-            examples or len(splits.test),
-            segment_length,
-        )
+        test = splits.test
+        lengths = spread_lengths(test.task, shortest or test.length, longest or test.length)
         engine = make_engine(model, config)
-        carries = config.model.kind != "transformer"
-        metrics = evaluate_stream(
-            engine, test, built_for=config.model.segment_length, carries=carries
-        )
-        about |= {"length": test.length, "examples": test.num_examples}
-        about |= {"segment_length": segment_length or config.model.segment_length, "snap": snap}
+        results = [
+            evaluate_stream(
+                engine,
+                StreamTest(test.task, one, examples or len(test), segment_length),
+                built_for=config.model.segment_length,
+                carries=config.model.kind != "transformer",
+            )
+            for one in lengths
+        ]
+        metrics = {key: statistics.fmean(r[key] for r in results) for key in results[0]}
+        about |= {"length": lengths if len(lengths) > 1 else lengths[0], "snap": snap}
+        about |= {"examples": examples or len(test)}
+        about |= {"segment_length": segment_length or config.model.segment_length}
         return metrics | about
+    if isinstance(length, tuple):
+        raise ValueError("--length: A:B is for sequence tasks; give one length")
     test_split = splits.test
     if length is not None:
         test_split = [truncate(data, length, splits.info) for data in splits.test]

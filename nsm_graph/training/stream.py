@@ -15,6 +15,9 @@ from nsm_graph.data.tasks import IGNORED, SequenceTask
 #: Tokens of each sequence that one call reads; a multiple of the segment length is taken.
 PIECE = 1024
 
+#: Lengths at which a range of lengths is looked at.
+NUM_LENGTHS = 10
+
 
 @dataclass(frozen=True)
 class StreamTest:
@@ -31,6 +34,15 @@ class StreamTest:
     length: int
     num_examples: int
     segment_length: int | None = None
+
+
+def spread_lengths(task: SequenceTask, shortest: int, longest: int) -> list[int]:
+    """Up to :data:`NUM_LENGTHS` lengths that the task has, evenly from one to another."""
+    # The nearest length that a task has is not above the one asked for; the range is kept.
+    first = next(n for n in range(shortest, longest + 2) if task.valid_length(n) >= shortest)
+    steps = NUM_LENGTHS - 1
+    evenly = [first + (longest - first) * step // steps for step in range(NUM_LENGTHS)]
+    return sorted({task.valid_length(length) for length in evenly})
 
 
 @torch.no_grad()

@@ -39,12 +39,12 @@ scans = pytest.mark.parametrize("scan", SCANS.values(), ids=SCANS)
 heads = pytest.mark.parametrize("head", ["example", "token", "next_token"])
 
 
-def make(scan, seed=0, dtype=torch.float, beta=None, **options):
+def make(scan, seed=0, dtype=torch.float, beta=None, channels=8, **options):
     """A machine with a scan; every number is drawn from the seed."""
     torch.manual_seed(seed)
     num_slots = options.get("max_states") or options.get("num_states", 3)
-    scan = SegmentScan(8, 8, num_slots, 4, **scan)
-    machine = make_machine(seed, dtype, scan=scan, **{"state_channels": 8} | options)
+    scan = SegmentScan(channels, channels, num_slots, 4, **scan)
+    machine = make_machine(seed, dtype, scan=scan, state_channels=channels, **options)
     with torch.no_grad():  # away from the neutral start, where mistakes could hide
         for p in machine.cell.scan.convolution.parameters():
             p.normal_(0.0, 0.4)
@@ -94,10 +94,8 @@ def read_by_hand(machine, x, head, cell):
         u = u + affine(w, "cell.attention.lin_out", attend(query, key, key, o.heads))
         u = torch.cat([u, s[:, :kept]], 1)
         gated, c = propagate(w, o, s[:, kept:], c, u)
-        if kept > 0:  # of two heads of four channels, two channels are less than one
-            gated = communicate(w, replace(o, heads=1), gated)
-        else:
-            gated = communicate(w, o, gated)
+        # Two heads of four channels each: two gated channels are less than one of them.
+        gated = communicate(w, replace(o, heads=1 if kept > 0 else 2), gated)
         s = torch.cat([s[:, :kept], gated], 1)
         if head != "example":
             seen = (before if head == "next_token" else s).clone()
@@ -117,8 +115,6 @@ def read_by_hand(machine, x, head, cell):
 @pytest.mark.parametrize("cell", ["gru", "lstm"])
 def test_a_machine_is_the_scan_then_the_documented_update_of_the_gated_heads(cell, head, scan):
     machine = make(scan, dtype=torch.double, head=head, cell=cell)
-    if scan.get("gated_heads") == 2:
-        pytest.skip("communicates with one head, as one gated head does; see the contract below")
     x = torch.randn(5, 3, dtype=torch.double)
     result = machine.run(x)
     out, s, c = read_by_hand(machine, x, head, cell)
@@ -168,7 +164,7 @@ def test_every_parameter_of_the_scan_learns(head, scan):
 # Streams ########################################################################
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(
     scan=st.sampled_from(list(SCANS.values())),
     head=st.sampled_from(["example", "token", "next_token"]),
@@ -178,8 +174,10 @@ def test_every_parameter_of_the_scan_learns(head, scan):
     last=st.lists(st.integers(0, 5), min_size=2, max_size=2),
 )
 def test_pieces_with_carried_state_equal_the_whole(scan, head, cell, is_double, pieces, last):
-    dtype, tolerance = (torch.double, 1e-10) if is_double else (torch.float, 1e-6)
-    machine = make(scan, dtype=dtype, beta=1.0, head=head, cell=cell, segment_length=2)
+    # Single precision asks for heads of a usual width: a LayerNorm of two numbers is a sign.
+    dtype, tolerance, channels = (torch.double, 1e-10, 8) if is_double else (torch.float, 1e-6, 32)
+    options = {"head": head, "cell": cell, "segment_length": 2, "channels": channels}
+    machine = make(scan, dtype=dtype, beta=1.0, **options)
     pieces = [*([2 * n for n in counts] for counts in pieces), last]
     lengths = [sum(counts[b] for counts in pieces) for b in range(2)]
     if sum(lengths) == 0:
@@ -558,13 +556,14 @@ def predicted(machine, x, counts):
 def test_codes_are_the_means_over_what_the_machine_itself_predicts(head):
     machine, x, counts = snappable(head)
     labels, states = predicted(machine, x, counts)
-    assert labels.unique().tolist() == [0, 1, 2]
+    assert labels.unique().numel() > 1
     before = copy.deepcopy(machine.state_dict())
     snap = machine.fit_snap(x, batch_of(counts))
     assert snap is machine.cell.snap
-    assert (snap.num_states, snap.num_codes, snap.channels) == (3, 3, 4)
-    for k in range(3):
-        torch.testing.assert_close(snap.codes[:, k], states[labels == k].mean(0))
+    classes = labels.unique().tolist()
+    assert (snap.num_states, snap.num_codes, snap.channels) == (3, len(classes), 4)
+    for k, label in enumerate(classes):
+        torch.testing.assert_close(snap.codes[:, k], states[labels == label].mean(0))
     for name, value in before.items():  # reading to fit it changes nothing
         assert torch.equal(machine.state_dict()[name], value), name
 
@@ -766,7 +765,15 @@ quiet = pytest.mark.filterwarnings("ignore")
 
 
 @quiet
-@scans
+@pytest.mark.parametrize(
+    "scan",
+    [
+        SCANS["both"],
+        SCANS["layers"],
+        *(pytest.param(SCANS[n], marks=pytest.mark.slow) for n in ("memory", "routed")),
+    ],
+    ids=["both", "layers", "memory", "routed"],
+)
 def test_the_compiled_cell_has_no_graph_break_and_the_same_numbers(scan, fresh_dynamo):
     options = {"head": "token", "segment_length": 3}
     machine, reference = make(scan, **options), make(scan, **options)
@@ -780,9 +787,14 @@ def test_the_compiled_cell_has_no_graph_break_and_the_same_numbers(scan, fresh_d
 
 
 @quiet
-@pytest.mark.parametrize("scan", [SCANS["both"], SCANS["layers"]], ids=["both", "layers"])
+@pytest.mark.parametrize(
+    "scan",
+    [SCANS["both"], pytest.param(SCANS["layers"], marks=pytest.mark.slow)],
+    ids=["both", "layers"],
+)
 def test_recompiles_at_most_twice_over_batches_of_all_sizes(scan, fresh_dynamo):
-    machine = make(scan, segment_length=4)
+    # Sizes of which no two are equal by chance: Dynamo would take that for a rule.
+    machine = make(scan, segment_length=4, num_states=13)
     counter = compiled(machine)
     for counts in ([8, 8], [8, 7, 6, 5], [16] * 5, [7, 8, 12, 11], [12] * 9, [20, 18, 30, 30]):
         run(machine, torch.randn(sum(counts), 3), counts)
@@ -790,6 +802,7 @@ def test_recompiles_at_most_twice_over_batches_of_all_sizes(scan, fresh_dynamo):
 
 
 @quiet
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_snapped_cell_compiles(fresh_dynamo):
     machine, x, counts = snappable()
@@ -849,7 +862,7 @@ def test_a_scan_of_other_sizes_is_refused(scan, options, message):
 
 def test_a_scan_that_needs_weights_needs_a_router():
     machine = make({"write": True}, mix="attention")
-    with pytest.raises(ValueError, match="need routing weights.*mix='attention'"):
+    with pytest.raises(ValueError, match=r"need routing weights.*mix='attention'"):
         machine(torch.randn(4, 3))
     assert make({"write": False}, mix="attention")(torch.randn(4, 3)).shape == (1, 2)
 
@@ -880,7 +893,7 @@ def test_cells_of_another_width_are_refused():
 def test_dynamic_topologies_see_what_the_scan_keeps():
     seen = []
 
-    @topology.rule(dynamic=True)
+    @topology.rule(is_dynamic=True)
     def watch(nodes):
         seen.append(nodes.x)
         return topology.complete()(nodes)
