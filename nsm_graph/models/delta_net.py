@@ -109,6 +109,13 @@ class DeltaNetBaseline(Baseline):
             *(in_channels, channels, out_channels, num_embeddings, pe_channels, head),
             tie_embeddings,
         )
+        for name, value in (
+            ("heads", heads),
+            ("num_layers", num_layers),
+            ("reflections", reflections),
+        ):
+            if value < 1:
+                raise ValueError(f"{name}: expected at least 1; got {value}")
         if channels % heads:
             raise ValueError(f"channels: expected a multiple of heads={heads}; got {channels}")
         self.heads = heads

@@ -206,6 +206,8 @@ def check_at(at: Tensor | None, num_tokens: int, has_token_head: bool) -> None:
         return
     if not has_token_head:
         raise ValueError('at= names tokens, but head="example" predicts for examples; leave it out')
+    if not isinstance(at, Tensor):
+        raise ValueError(f"at must be a tensor of token numbers, but is {type(at).__name__}")
     if at.dim() != 1 or at.is_floating_point() or at.dtype == torch.bool:
         raise ValueError(
             f"at must hold the numbers of tokens, integers (P,), but has shape {tuple(at.shape)} "

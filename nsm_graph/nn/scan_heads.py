@@ -13,19 +13,23 @@ from nsm_graph.ops.segment import widen
 STRETCH = 0.5
 
 
-def hard_gate(logits: Tensor) -> Tensor:
-    r""":math:`\mathrm{clamp}(2 \, \sigma(z) - 0.5, 0, 1)`: a gate that closes and opens exactly.
+def hard_gate(logits: Tensor, stretch: float = STRETCH) -> Tensor:
+    r"""Closes and opens exactly, if stretched: :math:`\mathrm{clamp}((1+2a) \sigma(z) - a, 0, 1)`.
 
     A million tokens that each leak a thousandth leave nothing; a gate at exactly 0 leaks nothing.
     """
-    return (logits.sigmoid() * (1 + 2 * STRETCH) - STRETCH).clamp(0, 1)
+    return (logits.sigmoid() * (1 + 2 * stretch) - stretch).clamp(0, 1)
 
 
 def unit(x: Tensor) -> Tensor:
     """Rows of norm 1; a row of norm zero stays zero, and its gradient is zero, too."""
-    square = x.square().sum(-1, keepdim=True)
-    is_zero = square < torch.finfo(x.dtype).tiny
-    return (x * square.masked_fill(is_zero, 1.0).rsqrt()).masked_fill(is_zero, 0.0)
+    # Brought to size one first, by a factor that the result does not depend on: the square of a
+    # short row would be no number that the precision holds.
+    size = x.detach().abs().amax(-1, keepdim=True)
+    is_zero = size < torch.finfo(x.dtype).tiny
+    x = x / size.masked_fill(is_zero, 1.0)
+    square = x.square().sum(-1, keepdim=True).masked_fill(is_zero, 1.0)
+    return (x * square.rsqrt()).masked_fill(is_zero, 0.0)
 
 
 class TransitionHeads(nn.Module):
@@ -46,6 +50,7 @@ class TransitionHeads(nn.Module):
         reflections: R, reflections of each token.
         decay: Whether tokens decay the states (:math:`\alpha`).
         write: Whether tokens write through routing weights (:math:`\gamma w v`).
+        stretch: Of the gates, see :func:`hard_gate`. (default: :obj:`0.5`)
     """
 
     def __init__(
@@ -57,8 +62,10 @@ class TransitionHeads(nn.Module):
         reflections: int,
         decay: bool,
         write: bool,
+        stretch: float = STRETCH,
     ) -> None:
         super().__init__()
+        self.stretch = stretch
         self.heads, self.head_channels, self.reflections = heads, head_channels, reflections
         self.lin_key = Linear(token_channels, heads * reflections * head_channels)
         self.lin_beta = Linear(token_channels, heads * reflections)
@@ -85,13 +92,13 @@ class TransitionHeads(nn.Module):
         heads, width = self.heads, self.head_channels
         # In 16 bits a key is no unit vector and a reflection no reflection: float32 from here on.
         key = unit(widen(self.lin_key(x_BSC)).unflatten(-1, (heads, self.reflections, width)))
-        beta = 2 * hard_gate(widen(self.lin_beta(x_BSC)))
+        beta = 2 * hard_gate(widen(self.lin_beta(x_BSC)), self.stretch)
         beta = beta.unflatten(-1, (heads, self.reflections))
         decay = row = column = None
         if self.lin_decay is not None:
-            decay = hard_gate(widen(self.lin_decay(x_BSC)))
+            decay = hard_gate(widen(self.lin_decay(x_BSC)), self.stretch)
         if self.lin_value is not None and self.lin_write is not None:
-            write = hard_gate(widen(self.lin_write(x_BSC))).unsqueeze(-1)
+            write = hard_gate(widen(self.lin_write(x_BSC)), self.stretch).unsqueeze(-1)
             row = write * widen(self.lin_value(x_BSC)).unflatten(-1, (heads, width))
             column = weights_BSN
         return DeltaSteps(key, beta, None, decay, row, column, gate_BSN)

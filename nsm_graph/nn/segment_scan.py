@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch_geometric.nn.dense.linear import Linear
 
 from nsm_graph.nn.checks import check_choice, check_features
-from nsm_graph.nn.scan_heads import MemoryHeads, TransitionHeads
+from nsm_graph.nn.scan_heads import STRETCH, MemoryHeads, TransitionHeads
 from nsm_graph.nn.scan_layer import PreparedLayer, ScanLayer, SegmentTokens
 from nsm_graph.nn.token_convolution import TokenConvolution
 from nsm_graph.ops.delta_scan import BACKENDS
 from nsm_graph.ops.segment import widen
-from nsm_graph.partition import Partition
+from nsm_graph.partition import Partition, holds_integers
 from nsm_graph.relation import Relation
 
 
@@ -69,6 +69,9 @@ class SegmentScan(nn.Module):
             by routing weights, ``"routed"``. (default: :obj:`"mean"`)
         gated_dropout: Share of the examples whose gated heads are hidden from read-outs in
             training, so that what gates know is no shortcut past the scan. (default: :obj:`0.5`)
+        stretch: How soon the gates of transition heads reach 0 and 1 exactly: 0 never, 0.5 at
+            logits of 1.1. Exact gates hold at any length; with many symbols to learn, gates that
+            are cut off early, and then get no gradient, learn worse. (default: :obj:`0.5`)
         backend: ``"chunked"``, ``"reference"`` (token by token), or ``None`` to choose.
             (default: :obj:`None`)
 
@@ -104,10 +107,10 @@ class SegmentScan(nn.Module):
         routed: bool = False,
         read: str = "mean",
         gated_dropout: float = 0.5,
+        stretch: float = STRETCH,
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        transition_heads = heads - memory_heads - (gated_heads or 0)
         counts = {
             "token_channels": token_channels,
             "state_channels": state_channels,
@@ -121,6 +124,9 @@ class SegmentScan(nn.Module):
         for name, value in counts.items():
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, but is {value!r}")
+        if not isinstance(memory_heads, int) or isinstance(memory_heads, bool):
+            raise ValueError(f"memory_heads must be an integer, but is {memory_heads!r}")
+        transition_heads = heads - memory_heads - (gated_heads or 0)
         if state_channels % heads != 0:
             raise ValueError(f"heads={heads} must divide state_channels={state_channels}")
         if memory_heads < 0 or transition_heads < 0 or transition_heads + memory_heads < 1:
@@ -133,6 +139,8 @@ class SegmentScan(nn.Module):
                 f"layers={layers} share {transition_heads} transition heads, and memory heads "
                 f"belong to the last: too few for every layer to have one; give more heads"
             )
+        if not 0 <= stretch <= 1:
+            raise ValueError(f"stretch must lie in [0, 1], but is {stretch}")
         if not 0 <= gated_dropout < 1:
             raise ValueError(f"gated_dropout must lie in [0, 1), but is {gated_dropout}")
         check_choice("read", read, ("mean", "routed"))
@@ -151,17 +159,18 @@ class SegmentScan(nn.Module):
         self.convolution = TokenConvolution(token_channels)
         self.layers = nn.ModuleList()
         for layer in range(layers):
-            # Shares differ by one at most; earlier layers take what is left over.
-            first, last = (-(-transition_heads * edge // layers) for edge in (layer, layer + 1))
+            share, rest = divmod(transition_heads, layers)
+            share += layer < rest  # earlier layers take what is left over
             transition = memory = None
-            if last > first:
+            if share > 0:
                 transition = TransitionHeads(
                     token_channels,
-                    last - first,
+                    share,
                     self.head_channels,
                     reflections=reflections,
                     decay=decay,
                     write=write,
+                    stretch=stretch,
                 )
             if layer == layers - 1 and memory_heads > 0:
                 memory = MemoryHeads(token_channels, memory_heads, self.head_channels, num_states)
@@ -185,9 +194,13 @@ class SegmentScan(nn.Module):
         self._has_warned = False
 
     def reset_parameters(self) -> None:
-        for module in self.modules():
-            if module is not self and hasattr(module, "reset_parameters"):
-                module.reset_parameters()
+        # Each part resets what is inside it; nothing is drawn twice.
+        parts: list[nn.Module] = [self.convolution, *self.norms, self.lin_read]
+        for owner in (*self.layers, *self.mixers):
+            parts += owner.children()
+        for part in parts:
+            if hasattr(part, "reset_parameters"):
+                part.reset_parameters()
 
     def rest_reads(self) -> None:
         """Nobody reads token by token: what only such reads would use is not trained."""
@@ -234,7 +247,7 @@ class SegmentScan(nn.Module):
         """
         tokens, states = x
         check_features(tokens, self.token_channels, "x[0] (tokens)", self.lin_read.weight)
-        check_features(states, self.state_channels, "x[1] (states)")
+        check_features(states, self.state_channels, "x[1] (states)", self.lin_read.weight)
         if not isinstance(relation, Relation) or not relation.is_complete:
             raise ValueError(
                 "a scan reads all tokens of an example in order; build the relation with "
@@ -245,12 +258,28 @@ class SegmentScan(nn.Module):
                 f"relation goes from {relation.num_src} tokens to {relation.num_dst} states, but x "
                 f"has {tokens.size(0)} and {states.size(0)} rows; build it from the same batch"
             )
+        if slots is not None:
+            self._check_slots(slots, states.size(0))
         assert relation.sources is not None
         tokens = self.convolve(tokens, relation.sources, tail)
         hoisted = self.hoist(tokens, relation, weights, slots, reads=True)
         states, reads = self.advance(states, hoisted, relation)
         assert reads is not None
         return states, reads
+
+    def _check_slots(self, slots: Tensor, num_states: int) -> None:
+        if slots.shape != (num_states,) or not holds_integers(slots):
+            raise ValueError(
+                f"slots must have one entry for each of the {num_states} states, but has shape "
+                f"{tuple(slots.shape)} and dtype {slots.dtype}"
+            )
+        if slots.numel() > 0 and not torch.compiler.is_compiling():
+            least, most = torch.stack(slots.aminmax()).tolist()
+            if least < 0 or most >= self.num_states:
+                raise ValueError(
+                    f"slots names slot {least if least < 0 else most}, but there are "
+                    f"{self.num_states}; slots count from 0"
+                )
 
     # Before the loop ############################################################
 

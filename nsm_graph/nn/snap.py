@@ -118,7 +118,8 @@ class StateSnap(nn.Module):
                 tiny = torch.finfo(states.dtype).tiny
                 margin = 1 - nearest.values / second.clamp(min=tiny)
         chosen = flat[code].view_as(states)
-        snapped = chosen if not states.requires_grad else states + (chosen - states).detach()
+        # The codes to the last bit, with the gradient of the states; a NaN stays one.
+        snapped = chosen + (states - states.detach())
         if self.training and self.decay < 1:
             self._follow(states.detach(), code, slots)
         return Snapped(snapped, code, margin)

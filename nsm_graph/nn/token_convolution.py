@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch_geometric.nn.dense.linear import Linear
 
+from nsm_graph.nn.checks import check_features
 from nsm_graph.partition import Partition
 
 
@@ -42,6 +43,18 @@ class TokenConvolution(nn.Module):
 
     def forward(self, x: Tensor, examples: Partition, tail: Tensor | None = None) -> Tensor:
         """Runs the forward pass of the module."""
+        check_features(x, self.token_channels, "x")
+        if x.size(0) != examples.num_rows:
+            raise ValueError(
+                f"the examples have {examples.num_rows} tokens, but x has {x.size(0)} rows; build "
+                f"both from the same batch"
+            )
+        shape = (examples.num_examples, self.token_channels)
+        if tail is not None and tail.shape != shape:
+            raise ValueError(
+                f"tail must have shape {shape}, the last token of each example, but has "
+                f"{tuple(tail.shape)}"
+            )
         return x + self.lin(torch.cat([self.previous(x, examples, tail), x], dim=-1))
 
     @staticmethod

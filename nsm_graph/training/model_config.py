@@ -8,7 +8,10 @@ from typing import Any
 from nsm_graph.training.checks import check_choice, check_range, check_types, given
 
 KINDS = ("nsm", "gru", "lstm", "transformer", "deltanet")
-SCAN_KEYS = (*("memory_heads", "gated_heads", "reflections", "decay", "write", "gated_dropout"),)
+SCAN_KEYS = (
+    *("memory_heads", "gated_heads", "reflections", "decay", "write", "gated_dropout"),
+    "stretch",
+)
 OFF_AT_ZERO = ("memory_heads", "gated_heads")
 BASELINE_KEYS = {
     "gru": ("channels", "tie_embeddings"),
@@ -53,6 +56,7 @@ class ModelConfig:
         write: scan: whether tokens may write into states.
         tie_embeddings: Tasks over symbols: one table for input and output.
         gated_dropout: scan: share of examples whose gated heads are hidden in training.
+        stretch: scan: how soon gates reach 0 and 1 exactly; 0 for never.
     """
 
     kind: str = "nsm"
@@ -83,6 +87,7 @@ class ModelConfig:
     decay: bool | None = None
     write: bool | None = None
     gated_dropout: float | None = None
+    stretch: float | None = None
     tie_embeddings: bool | None = None
 
     def __post_init__(self) -> None:

@@ -6,6 +6,7 @@ import pytest
 
 import nsm_graph.data
 from nsm_graph.data import available, load
+from nsm_graph.data.tasks import TASKS
 
 
 def test_unknown_name_lists_the_names():
@@ -19,7 +20,9 @@ def test_unknown_option_lists_the_options():
 
 
 def test_options_and_defaults():
-    assert list(available()) == ["digits", "mnist", "text", "tu", "zinc"]
+    assert list(available()) == ["digits", "mnist", "text", "tu", "zinc", *TASKS]
+    assert available()["mqar"]["num_pairs"] == 4
+    assert available()["s5"]["train_examples"] == 12_800
     assert available()["digits"] == {"validation_fraction": 0.1}
     assert available()["zinc"] == {"pe": None, "pe_channels": None}
 

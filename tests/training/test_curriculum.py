@@ -1,5 +1,7 @@
 """Fresh sequences: lengths, seeds, and how a curriculum grows."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -71,7 +73,7 @@ def test_a_curriculum_grows_when_the_last_answers_are_right():
         grown.append(loader.frontier)
     assert grown[-1] == 32
     steps = sorted(set(grown))
-    assert all(b - a == min(max(1, a // 4), 32 - a) for a, b in zip(steps, steps[1:], strict=False))
+    assert all(b - a == min(max(1, a // 4), 32 - a) for a, b in itertools.pairwise(steps))
     # Each step asks for the accuracy anew: from .5 to .9 takes 16 batches that are all right.
     assert grown.index(3) == 15
     seen = lengths(fresh(curriculum=0.9))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from nsm_graph.ops.delta_scan import chunked, reference
@@ -77,8 +78,6 @@ def delta_scan(
         [[-1.0, -1.0, -1.0], [1.0, 1.0, 1.0]]
     """
     _check(memory, steps, query, weight)
-    if steps.num_tokens == 0:
-        backend = "reference"
     return run(memory, prepare(steps, query=query, weight=weight, backend=backend))
 
 
@@ -101,15 +100,17 @@ def prepare(
             "gated steps differ from column to column and do not compose into one map; use "
             'backend="reference" or None'
         )
-    if backend == "reference" or steps.gate_BSQ is not None:
+    if backend == "reference" or steps.gate_BSQ is not None or steps.num_tokens == 0:
         return PreparedScan(steps=steps, query=query, weight=weight)
-    solved = chunked.solve(steps, _chunk_length(steps))
-    reads: chunked.QueryReads | chunked.ColumnReads | None = None
-    if query is not None:
-        reads = chunked.prepare_query_reads(solved, query)
-    elif weight is not None:
-        reads = chunked.prepare_column_reads(solved, weight)
-    maps = chunked.compose(solved)
+    # Autocast would compose in 16 bits, where reflections are none.
+    with torch.autocast(steps.key_BSHRP.device.type, enabled=False):
+        solved = chunked.solve(steps, _chunk_length(steps))
+        reads: chunked.QueryReads | chunked.ColumnReads | None = None
+        if query is not None:
+            reads = chunked.prepare_query_reads(solved, query)
+        elif weight is not None:
+            reads = chunked.prepare_column_reads(solved, weight)
+        maps = chunked.compose(solved)
     return PreparedScan(maps=maps, reads=reads, num_tokens=steps.num_tokens)
 
 
@@ -121,13 +122,14 @@ def _chunk_length(steps: DeltaSteps) -> int:
 
 def run(memory: Tensor, prepared: PreparedScan) -> tuple[Tensor, Tensor | None]:
     """The rest of :func:`delta_scan`."""
-    if prepared.steps is not None:
-        return reference.delta_scan(memory, prepared.steps, prepared.query, prepared.weight)
-    assert prepared.maps is not None
-    memories = chunked.advance(memory, prepared.maps)
-    if prepared.reads is None:
-        return memories[-1], None
-    return memories[-1], chunked.read(memories, prepared.reads)[:, : prepared.num_tokens]
+    with torch.autocast(memory.device.type, enabled=False):
+        if prepared.steps is not None:
+            return reference.delta_scan(memory, prepared.steps, prepared.query, prepared.weight)
+        assert prepared.maps is not None
+        memories = chunked.advance(memory, prepared.maps)
+        if prepared.reads is None:
+            return memories[-1], None
+        return memories[-1], chunked.read(memories, prepared.reads)[:, : prepared.num_tokens]
 
 
 def _check(memory: Tensor, steps: DeltaSteps, query: Tensor | None, weight: Tensor | None) -> None:

@@ -34,4 +34,10 @@ def delta_scan(
             reads.append(torch.einsum("bhp,bhpq->bhq", query_BSHP[:, i], memory))
         elif weight_BSQ is not None:
             reads.append(torch.einsum("bq,bhpq->bhp", weight_BSQ[:, i], memory))
-    return memory, torch.stack(reads, 1) if reads else None
+    if reads:
+        return memory, torch.stack(reads, 1)
+    if query_BSHP is None and weight_BSQ is None:
+        return memory, None
+    num_examples, heads, rows, columns = memory.shape
+    width = columns if query_BSHP is not None else rows
+    return memory, memory.new_zeros(num_examples, 0, heads, width)
