@@ -55,6 +55,13 @@ def assert_matches_reference(
     for name, actual, expected in zip(names, *results, strict=False):
         if actual is None or expected is None:
             raise AssertionError(f"{name}: a backend gave none")
+        if name in ("query gradient", "key gradient") and bool((expected == 0).all()):
+            # A softmax over one edge does not depend on its score. The reference then gives exact
+            # zeros, a fused kernel the difference of two equal terms, each rounded once.
+            other = key if name == "query gradient" else query
+            terms = direction.norm() * value.norm() * other.norm()
+            if bool(actual.norm() <= torch.finfo(query.dtype).eps * terms):
+                continue
         assert_close_to_norm(actual, expected, tolerance, f"{backend}, {name}")
 
 
