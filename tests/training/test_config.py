@@ -44,7 +44,7 @@ def test_data_errors(values, message):
         ({"kind": "gru", "channels": True}, "model.channels: expected int"),
         (
             {"kind": "gru", "channels": 8, "num_states": 4},
-            "model.num_states: expected only channels with model.kind=gru; got num_states",
+            "model.num_states: expected only channels, tie_embeddings with model.kind=gru; got num_states",
         ),
     ],
 )
@@ -133,9 +133,7 @@ def test_damaged_yaml_is_named(tmp_path):
 
 
 def test_unknown_task_lists_the_tasks():
-    with pytest.raises(
-        ValueError, match=r"expected one of digits, induction, .*mnist, .*; got 'chess'"
-    ):
+    with pytest.raises(ValueError, match=r"expected one of a5, .*digits, .*mnist, .*; got 'chess'"):
         recipe("chess")
 
 

@@ -109,7 +109,8 @@ class SelectiveCopy(_CopyTask):
     Source: selective copying of Gu and Dao, Mamba, 2023 (16 symbols, the noise among them); the
     symbols and places are those of ``torch_copying_data(variable=True)`` in state-spaces/s4,
     ``src/dataloaders/datasets/copying.py``. Differs: the length given there is the number of noise
-    tokens only. The paper leaves open whether its 4,096 include the data and the markers.
+    tokens only. Whether the paper's 4,096 include the data and the markers
+    was not found out.
 
     Args:
         num_tokens: Data tokens, K.  (default: :obj:`16`)
