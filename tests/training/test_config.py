@@ -44,7 +44,7 @@ def test_data_errors(values, message):
         ({"kind": "gru", "channels": True}, "model.channels: expected int"),
         (
             {"kind": "gru", "channels": 8, "num_states": 4},
-            "model.num_states: expected only channels, tie_embeddings with model.kind=gru; got num_states",
+            "model.num_states: expected only channels, tie_embeddings with model.kind=gru; got num",
         ),
     ],
 )

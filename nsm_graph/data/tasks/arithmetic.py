@@ -16,7 +16,7 @@ PLUS, MINUS, TIMES = range(3)
 
 @dataclass(frozen=True)
 class ModularArithmetic(StreamedTask):
-    r"""An expression of digits, +, - and *; the label of a digit is the value up to it.
+    r"""An expression of digits, ``+``, ``-`` and ``*``; the label of a digit is the value up to it.
 
     Digits stand at even places, operators at odd ones, so lengths are odd; all are uniform.
     ``*`` binds tighter than ``+`` and ``-``, which go from left to right. The label of a digit is
