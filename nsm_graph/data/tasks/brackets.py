@@ -56,7 +56,8 @@ class ModularArithmeticBrackets(SequenceTask):
 
     Args:
         modulus: Number of digits.  (default: :obj:`5`)
-        has_times: Whether operators are ``+``, ``-`` and ``*``, or ``+`` and ``-``.  (default: :obj:`True`)
+        has_times: Whether operators are ``+``, ``-`` and ``*``, or ``+`` and ``-`` only.
+            (default: :obj:`True`)
         has_dense_labels: Whether more than the last token has a label.  (default: :obj:`True`)
 
     Raises:
