@@ -93,10 +93,10 @@ def test_help_names_the_commands(capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "command: expected one of train, evaluate, info; got nothing"),
+        ([], "command: expected one of train, evaluate, bench, info; got nothing"),
         (["trian"], "got 'trian'"),
         (["train"], "train: expected a TASK first, or --config FILE; got neither"),
-        (["train", "chess"], "task: expected one of digits, mnist,"),
+        (["train", "chess"], "task: expected one of a5, copy, digits, induction, mnist,"),
         (["train", "digits", "--config", "x.yaml"], "got both"),
         (["train", "digits", "--train.epoch", "1"], "unrecognized arguments: --train.epoch"),
         (["train", "digits", "--train.epochs", "x"], "train.epochs"),

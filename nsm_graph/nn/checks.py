@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nsm_graph.partition import holds_integers
+
 
 def check_features(x: Tensor, channels: int, name: str, weight: Tensor | None = None) -> None:
     """Raises unless ``x`` is floating point of shape ``(nodes, channels)``; -1 = any width.
@@ -39,3 +41,20 @@ def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
     if value not in choices:
         listed = ", ".join(repr(choice) for choice in choices)
         raise ValueError(f"{name} must be one of {listed}, but is {value!r}")
+
+
+def check_slots(slots: Tensor, num_rows: int, num_slots: int) -> None:
+    """Raises unless ``slots`` names one of the slots for each state row."""
+    if slots.shape != (num_rows,) or not holds_integers(slots):
+        raise ValueError(
+            f"slots must have one entry for each of the {num_rows} states, but has shape "
+            f"{tuple(slots.shape)} and dtype {slots.dtype}"
+        )
+    # Values are read at eager boundaries only.
+    if slots.numel() > 0 and not torch.compiler.is_compiling():
+        least, most = torch.stack(slots.aminmax()).tolist()
+        if least < 0 or most >= num_slots:
+            raise ValueError(
+                f"slots names slot {least if least < 0 else most}, but there are {num_slots}; "
+                f"slots count from 0"
+            )

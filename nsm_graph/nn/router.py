@@ -11,7 +11,7 @@ from torch_geometric.nn import MessagePassing
 from torch_geometric.nn.dense.linear import Linear
 
 from nsm_graph import ops
-from nsm_graph.nn.checks import check_channels, check_choice, check_features
+from nsm_graph.nn.checks import check_channels, check_choice, check_features, check_slots
 from nsm_graph.nn.edge_attention_layer import is_watched, with_weights
 from nsm_graph.ops.segment import group_softmax, group_sum
 from nsm_graph.relation import Relation, as_relation
@@ -173,20 +173,8 @@ class TokenToStateRouter(MessagePassing):
                 f"importance must have shape ({self.num_states},), one number for each slot, but "
                 f"has {tuple(importance.shape)}"
             )
-        if slots is None:
-            return
-        if slots.shape != (relation.num_dst,) or slots.is_floating_point():
-            raise ValueError(
-                f"slots must have one entry for each of the {relation.num_dst} states, but has "
-                f"shape {tuple(slots.shape)} and dtype {slots.dtype}"
-            )
-        if slots.numel() > 0 and not torch.compiler.is_compiling():
-            least, most = torch.stack(slots.aminmax()).tolist()
-            if least < 0 or most >= self.num_states:
-                raise ValueError(
-                    f"slots names slot {least if least < 0 else most}, but there are "
-                    f"{self.num_states}; slots count from 0"
-                )
+        if slots is not None:
+            check_slots(slots, relation.num_dst, self.num_states)
 
     def logits(
         self, x: Tensor, importance: Tensor | None = None, slots: Tensor | None = None

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch_geometric.nn.dense.linear import Linear
 
-from nsm_graph.nn.checks import check_choice, check_features
+from nsm_graph.nn.checks import check_choice, check_features, check_slots
 from nsm_graph.nn.scan_heads import STRETCH, MemoryHeads, TransitionHeads
 from nsm_graph.nn.scan_layer import PreparedLayer, ScanLayer, SegmentTokens
 from nsm_graph.nn.token_convolution import TokenConvolution
 from nsm_graph.ops.delta_scan import BACKENDS
 from nsm_graph.ops.segment import widen
-from nsm_graph.partition import Partition, holds_integers
+from nsm_graph.partition import Partition
 from nsm_graph.relation import Relation
 
 
@@ -240,14 +240,16 @@ class SegmentScan(nn.Module):
             relation: From tokens to states, complete.
             weights: Routing weights in edge order, for ``write``, ``routed`` and
                 ``read="routed"``. (default: :obj:`None`)
-            slots: Which slot each state row holds, :math:`(N,)`; ``None`` if every example holds
-                slots 0, 1, 2, ... in order. (default: :obj:`None`)
+            slots: Which slot each state row holds, :math:`(N,)`, or the slots that every example
+                holds; ``None`` for slots 0, 1, 2, ... in order. (default: :obj:`None`)
             tail: The token before the first of each example, :math:`(B, C_t)`.
                 (default: :obj:`None`)
         """
         tokens, states = x
         check_features(tokens, self.token_channels, "x[0] (tokens)", self.lin_read.weight)
-        check_features(states, self.state_channels, "x[1] (states)", self.lin_read.weight)
+        # States in 16 bits are composed in float32 and rounded again, which warns.
+        weight = self.lin_read.weight if states.element_size() > 2 else None
+        check_features(states, self.state_channels, "x[1] (states)", weight)
         if not isinstance(relation, Relation) or not relation.is_complete:
             raise ValueError(
                 "a scan reads all tokens of an example in order; build the relation with "
@@ -259,27 +261,15 @@ class SegmentScan(nn.Module):
                 f"has {tokens.size(0)} and {states.size(0)} rows; build it from the same batch"
             )
         if slots is not None:
-            self._check_slots(slots, states.size(0))
+            targets = relation.targets
+            is_one_for_all = targets is not None and slots.shape == (targets.max_count,)
+            check_slots(slots, len(slots) if is_one_for_all else states.size(0), self.num_states)
         assert relation.sources is not None
         tokens = self.convolve(tokens, relation.sources, tail)
         hoisted = self.hoist(tokens, relation, weights, slots, reads=True)
         states, reads = self.advance(states, hoisted, relation)
         assert reads is not None
         return states, reads
-
-    def _check_slots(self, slots: Tensor, num_states: int) -> None:
-        if slots.shape != (num_states,) or not holds_integers(slots):
-            raise ValueError(
-                f"slots must have one entry for each of the {num_states} states, but has shape "
-                f"{tuple(slots.shape)} and dtype {slots.dtype}"
-            )
-        if slots.numel() > 0 and not torch.compiler.is_compiling():
-            least, most = torch.stack(slots.aminmax()).tolist()
-            if least < 0 or most >= self.num_states:
-                raise ValueError(
-                    f"slots names slot {least if least < 0 else most}, but there are "
-                    f"{self.num_states}; slots count from 0"
-                )
 
     # Before the loop ############################################################
 
