@@ -13,6 +13,7 @@ from torch_geometric.nn.dense.linear import Linear
 from nsm_graph import ops
 from nsm_graph.nn.checks import check_channels, check_choice, check_features, check_slots
 from nsm_graph.nn.edge_attention_layer import is_watched, with_weights
+from nsm_graph.nn.slot_rows import reset_slot_rows
 from nsm_graph.ops.segment import group_softmax, group_sum
 from nsm_graph.relation import Relation, as_relation
 
@@ -106,12 +107,7 @@ class TokenToStateRouter(MessagePassing):
 
     def reset_slots(self, slots: Tensor) -> None:
         """Fresh router rows for slots that were just allocated."""
-        fresh = torch.nn.Linear(self.lin_logits.in_channels, slots.numel() * self.heads)
-        with torch.no_grad():
-            for name in ("weight", "bias"):
-                rows = getattr(self.lin_logits, name).unflatten(0, (self.num_states, self.heads))
-                new = getattr(fresh, name).unflatten(0, (slots.numel(), self.heads))
-                rows[slots] = new.to(rows)
+        reset_slot_rows(self.lin_logits, slots, self.num_states)
 
     def forward(
         self,

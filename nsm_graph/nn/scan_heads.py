@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch_geometric.nn.dense.linear import Linear
 
+from nsm_graph.nn.slot_rows import reset_slot_rows
 from nsm_graph.ops.delta_scan import DeltaSteps
 from nsm_graph.ops.segment import widen
 
@@ -147,12 +148,7 @@ class MemoryHeads(nn.Module):
     def reset_slots(self, slots: Tensor) -> None:
         """Fresh rows of keys and queries for slots that were just allocated."""
         for linear in (self.lin_key, self.lin_query):
-            fresh = nn.Linear(linear.in_channels, slots.numel() * self.heads)
-            with torch.no_grad():
-                for name in ("weight", "bias"):
-                    rows = getattr(linear, name).unflatten(0, (self.num_states, self.heads))
-                    new = getattr(fresh, name).unflatten(0, (slots.numel(), self.heads))
-                    rows[slots] = new.to(rows)
+            reset_slot_rows(linear, slots, self.num_states)
 
     def steps(
         self, x_BSC: Tensor, slots_BN: Tensor | None, mask_BN: Tensor | None
