@@ -61,7 +61,10 @@ class Scan(Protocol):
     def advance(
         self, states: Tensor, hoisted: tuple, relation: Relation
     ) -> tuple[Tensor, Tensor | None]:
-        """States ``[N, C]`` after the segment, and per-token reads ``[T, C_t]`` (or None)."""
+        """States ``[N, C]`` after the segment, and what its tokens read (or None).
+
+        Reads are ``[B, S, C_t]``, examples side by side, S the longest segment of the call.
+        """
         ...
 
 
@@ -85,7 +88,7 @@ class CellOutput(NamedTuple):
 
     propagated: Propagated
     states: Tensor  #: ``[N, C]``, after communication
-    reads: Tensor | None  #: ``[T, C_t]``, from the scan
+    reads: Tensor | None  #: ``[B, S, C_t]``, from the scan, examples side by side
     attention: Tensor | None  #: ``[E, H]``, where asked for
     talks: Relation | None
     margin: Tensor | None = None  #: ``[B]``, how sure the snap was

@@ -160,7 +160,7 @@ def read_passes(
         relation=relation,
         before=[before],
         after=[states],
-        reads=output.reads,
+        reads=None if output.reads is None else nodes.unpad(output.reads),
         routes=hoisted.relation,
         weights=weights,
     )

@@ -79,7 +79,7 @@ def read_sequence(
         relation=plan.relation,
         before=trace.before,
         after=trace.after,
-        reads=torch.cat(reads) if reads else None,
+        reads=plan.relation.sources.unpad(torch.cat(reads)) if reads else None,
         groups=plan.group_example,
         routes=hoisted.relation,
         weights=weights,

@@ -267,9 +267,9 @@ class SegmentScan(nn.Module):
         assert relation.sources is not None
         tokens = self.convolve(tokens, relation.sources, tail)
         hoisted = self.hoist(tokens, relation, weights, slots, reads=True)
-        states, reads = self.advance(states, hoisted, relation)
-        assert reads is not None
-        return states, reads
+        states, reads_BSC = self.advance(states, hoisted, relation)
+        assert reads_BSC is not None
+        return states, relation.sources.unpad(reads_BSC)
 
     # Before the loop ############################################################
 
@@ -306,7 +306,8 @@ class SegmentScan(nn.Module):
         mean = targets.mask().to(widen(x).dtype) / counts.clamp(min=1).unsqueeze(1)
         tokens = SegmentTokens(
             x_BSC=sources.pad(x),
-            real_BS=None if sources.is_uniform else sources.mask(),
+            # Later layers meet a batch inside the loop, compiled once for all of them.
+            real_BS=sources.mask() if len(self.layers) > 1 or not sources.is_uniform else None,
             weights_BSN=None if weights is None else widen(relation.to_dense(weights)).mT,
             mean_BN=mean,
             slots_BN=self._slot_rows(slots, targets),
@@ -344,12 +345,12 @@ class SegmentScan(nn.Module):
     def advance(
         self, states: Tensor, hoisted: HoistedScan, relation: Relation
     ) -> tuple[Tensor, Tensor | None]:
-        """States ``[N, C]`` after their segment, and per-token reads ``[T, C_t]``."""
-        sources, targets = relation.sources, relation.targets
-        assert sources is not None
+        """States ``[N, C]`` after their segment, and what its tokens read, ``[B, S, C_t]``.
+
+        Examples stand side by side, and S is the length that was hoisted: the longest of a call.
+        """
+        targets = relation.targets
         assert targets is not None
-        if sources.num_rows == 0:
-            return states, states.new_zeros(0, self.token_channels)
         padded_BNC = targets.pad(widen(states))
         heads_BNHD = padded_BNC.unflatten(-1, (self.heads, self.head_channels))
         tokens, prepared = hoisted.tokens, hoisted.first
@@ -378,11 +379,10 @@ class SegmentScan(nn.Module):
             self._warn_of_drift(new, new_states)
         if len(reads) < len(self.layers):
             return new_states, None
-        out = self.lin_read(torch.cat(reads, dim=-1))
+        out_BSC = self.lin_read(torch.cat(reads, dim=-1))
         if tokens is not None:
-            out = out + self._mix(-1, tokens.x_BSC, reads[-1])
-        # All groups are hoisted at the length of the longest; this step's may be shorter.
-        return new_states, sources.unpad(out[:, : sources.max_count])
+            out_BSC = out_BSC + self._mix(-1, tokens.x_BSC, reads[-1])
+        return new_states, out_BSC
 
     def _mix(self, layer: int, x_BSC: Tensor, read_BSX: Tensor) -> Tensor:
         """What a layer's read says about each token, ``[B, S, C_t]``."""

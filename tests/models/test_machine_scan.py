@@ -793,12 +793,7 @@ def test_the_compiled_cell_has_no_graph_break_and_the_same_numbers(scan, fresh_d
         SCANS["both"],
         pytest.param(
             SCANS["layers"],
-            marks=[
-                pytest.mark.slow,
-                # A limit that README.md states: later layers are prepared inside the loop, where
-                # Dynamo specialises on sizes (8 compilations).
-                pytest.mark.xfail(strict=True, reason="a scan of several layers recompiles"),
-            ],
+            marks=pytest.mark.slow,
         ),
     ],
     ids=["both", "layers"],
