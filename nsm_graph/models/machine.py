@@ -242,15 +242,19 @@ class NeuralStateMachine(nn.Module):
         self.manager.register_dependent(self.head)
 
     def reset_parameters(self) -> None:
-        """Draws all parameters anew and empties the memory."""
+        """Draws all parameters anew, empties the memory and takes off a fitted snap."""
+        self.cell.snap = None
         for module in self.children():
             if hasattr(module, "reset_parameters"):
                 module.reset_parameters()
 
     def compile_cell(self) -> None:
-        """Compiles the cell once for all segments and batch sizes; the loop around it stays."""
-        is_dynamic = self.cell.topology is not None and self.cell.topology.is_dynamic
-        self.cell.compile(dynamic=True, fullgraph=not is_dynamic)
+        """Compiles the cell once for all segments and batch sizes; the loop around it stays.
+
+        Where the cell changes too often for that, as with a scan whose ``segment_length`` changes
+        from call to call, torch says so and goes on uncompiled.
+        """
+        self.cell.compile(dynamic=True)
 
     @torch.no_grad()
     def fit_snap(

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from nsm_graph.ops.segment import widen
+
 
 class Snapped(NamedTuple):
     """What snapping gives."""
@@ -104,28 +106,35 @@ class StateSnap(nn.Module):
         if states.size(0) == 0:
             none = torch.zeros(0, dtype=torch.long, device=states.device)
             return Snapped(states, none, states.new_zeros(0))
-        flat = codes_KNC.flatten(1).to(states.dtype)
         with torch.no_grad():
-            # Exact differences: the usual product form loses the digits that matter near a code.
-            distance_BK = torch.cdist(
-                states.flatten(1), flat, compute_mode="donot_use_mm_for_euclid_dist"
-            )
-            nearest = distance_BK.min(dim=1)
-            code = nearest.indices
-            margin = torch.ones_like(nearest.values)
-            if self.num_codes > 1:
-                second = distance_BK.scatter(1, code.unsqueeze(1), torch.inf).amin(1)
-                tiny = torch.finfo(states.dtype).tiny
-                margin = 1 - nearest.values / second.clamp(min=tiny)
-        chosen = flat[code].view_as(states)
+            code, margin = self._nearest(widen(states).flatten(1), widen(codes_KNC).flatten(1))
+        chosen = codes_KNC[code].to(states.dtype)
         # The codes to the last bit, with the gradient of the states; a NaN stays one.
         snapped = chosen + (states - states.detach())
         if self.training and self.decay < 1:
             self._follow(states.detach(), code, slots)
         return Snapped(snapped, code, margin)
 
+    def _nearest(self, states_BX: Tensor, codes_KX: Tensor) -> tuple[Tensor, Tensor]:
+        """The nearest code of each example, and how clearly it is the nearest."""
+        # Exact differences: the usual product form loses the digits that matter near a code.
+        distance_BK = torch.cdist(
+            states_BX, codes_KX.to(states_BX), compute_mode="donot_use_mm_for_euclid_dist"
+        )
+        nearest = distance_BK.min(dim=1)
+        if self.num_codes == 1:
+            return nearest.indices, torch.ones_like(nearest.values)
+        others_BK = distance_BK.scatter(1, nearest.indices.unsqueeze(1), torch.inf)
+        second = others_BK.amin(1)
+        # On two codes at once: it could be either.
+        margin = (1 - nearest.values / second).masked_fill(second == 0, 0.0)
+        return nearest.indices, margin
+
     @torch.no_grad()
     def _follow(self, states: Tensor, code: Tensor, slots: Tensor | None) -> None:
+        # One diverged example must not spoil a code for all that come later.
+        is_finite = states.isfinite().flatten(1).all(1)
+        states, code = states[is_finite], code[is_finite]
         count = torch.bincount(code, minlength=self.num_codes)
         total = states.new_zeros(self.num_codes, *states.shape[1:]).index_add(0, code, states)
         seen = count > 0

@@ -60,14 +60,11 @@ class TokenConvolution(nn.Module):
     @staticmethod
     def previous(x: Tensor, examples: Partition, tail: Tensor | None = None) -> Tensor:
         """The token before each token, ``[T, C_t]``."""
-        if x.size(0) == 0:
-            return x
-        if tail is None:
-            tail = x.new_zeros(examples.num_examples, x.size(1))
-        first = examples.ptr[:-1][examples.ptr.diff() > 0]
-        has_tokens = examples.ptr.diff() > 0
         shifted = torch.cat([x[:1], x[:-1]])
-        return shifted.index_copy(0, first, tail[has_tokens].to(x))
+        is_first = (examples.place == 0).unsqueeze(1)
+        if tail is None:
+            return shifted.masked_fill(is_first, 0.0)
+        return torch.where(is_first, tail.to(x)[examples.batch], shifted)
 
     @staticmethod
     def next_tail(x: Tensor, examples: Partition, tail: Tensor | None = None) -> Tensor:

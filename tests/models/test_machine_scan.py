@@ -626,6 +626,13 @@ def test_taking_the_snap_off_restores_the_machine_bit_for_bit():
     assert torch.equal(run(machine, x, counts).out, before)
 
 
+def test_drawing_all_parameters_anew_takes_the_snap_off():
+    machine, x, counts = snappable()
+    machine.fit_snap(x, batch_of(counts))
+    machine.reset_parameters()
+    assert machine.cell.snap is None
+
+
 @torch.no_grad()
 def test_fitting_leaves_the_mode_and_the_codes_follow_in_training():
     machine, x, counts = snappable()
@@ -805,6 +812,20 @@ def test_recompiles_at_most_twice_over_batches_of_all_sizes(scan, fresh_dynamo):
     for counts in ([8, 8], [8, 7, 6, 5], [16] * 5, [7, 8, 12, 11], [12] * 9, [20, 18, 30, 30]):
         run(machine, torch.randn(sum(counts), 3), counts)
     assert counter.frame_count <= 3
+
+
+@quiet
+@pytest.mark.slow
+@torch.no_grad()
+def test_segments_of_ever_new_lengths_end_uncompiled_and_right(fresh_dynamo):
+    machine = make(SCANS["both"], segment_length=4)
+    x, counts = torch.randn(26, 3), [14, 12]
+    expected = [run(machine, x, counts, segment_length=s) for s in range(1, 14)]
+    counter = compiled(machine)
+    for segment_length, one in enumerate(expected, 1):
+        actual = run(machine, x, counts, segment_length=segment_length)
+        torch.testing.assert_close(actual.out, one.out)
+    assert 3 < counter.frame_count <= torch._dynamo.config.recompile_limit
 
 
 @quiet

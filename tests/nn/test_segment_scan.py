@@ -731,19 +731,18 @@ def test_gates_start_half_open_and_none_is_cut_off():
 
 @pytest.mark.filterwarnings("ignore")  # what Dynamo warns of is not what is asked here
 @kinds
-def test_hoisting_and_advancing_compile_without_a_graph_break(options):
+def test_compiles_without_a_graph_break(options):
     scan = make_scan(dtype=torch.float, **options)
     given = draw(scan, [5, 3], [SLOTS] * 2, dtype=torch.float)
     weights = given["weights"] if scan.needs_weights else None
-    x, s, relation = given["x"], given["s"], given["relation"]
 
-    def step(x, s):
-        return scan.advance(s, scan.hoist(x, relation, weights, None, True), relation)
+    def read(x, s):
+        return scan((x, s), given["relation"], weights=weights, tail=given["tail"])
 
-    expected = step(x, s)
+    expected = read(given["x"], given["s"])
     torch._dynamo.reset()
     counter = CompileCounter()
-    actual = torch.compile(step, backend=counter, fullgraph=True)(x, s)
+    actual = torch.compile(read, backend=counter, fullgraph=True)(given["x"], given["s"])
     assert counter.frame_count == 1
     for a, b in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, b)

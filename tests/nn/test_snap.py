@@ -64,6 +64,19 @@ def test_ties_go_to_the_lowest_code_and_are_unsure():
     assert snapped.margin.tolist() == [0.0, 0.0, 1.0]
 
 
+def test_a_state_on_two_equal_codes_is_unsure():
+    snap = StateSnap(torch.tensor([[[1.0], [1.0], [5.0]]])).eval()
+    assert snap(torch.tensor([[[1.0]], [[5.0]]])).margin.tolist() == [0.0, 1.0]
+
+
+def test_states_in_16_bits_are_compared_in_single_precision():
+    # Rounded to 16 bits, both distances would be 0.
+    snap = StateSnap(torch.tensor([[[1.0], [1.001]]])).eval()
+    snapped = snap(torch.tensor([[[1.0]]], dtype=torch.bfloat16))
+    assert snapped.states.dtype == torch.bfloat16
+    assert snapped.margin.item() == 1.0
+
+
 def test_a_code_itself_is_sure_and_stays():
     snap = make(dtype=torch.float).eval()
     codes = snap.codes.transpose(0, 1)
@@ -157,6 +170,12 @@ def test_only_the_slots_that_are_there_follow():
     assert torch.equal(snap.codes[1], before[1])
     assert not torch.equal(snap.codes[0], before[0])
     assert not torch.equal(snap.codes[2], before[2])
+
+
+def test_a_diverged_example_does_not_reach_the_codes():
+    snap = StateSnap(torch.tensor([[[0.0], [10.0]]]), decay=0.5)
+    snap(torch.tensor([[[2.0]], [[torch.nan]], [[torch.inf]], [[8.0]]]))
+    assert snap.codes.flatten().tolist() == [1.0, 9.0]
 
 
 @pytest.mark.parametrize(("decay", "is_training"), [(1.0, True), (0.5, False)])
