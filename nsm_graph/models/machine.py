@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch_geometric.data import HeteroData
 
@@ -17,9 +16,11 @@ from nsm_graph.models.embedding import TokenEmbedding, tied_output
 from nsm_graph.models.graph import GraphPasses, read_passes
 from nsm_graph.models.heads import ExampleHead, TokenHead
 from nsm_graph.models.options import check_at, check_input, check_options
+from nsm_graph.models.predict import predict
 from nsm_graph.models.segments import SegmentPlan, plan_segments
 from nsm_graph.models.sequence import read_sequence
-from nsm_graph.models.state import MachineOutput, MachineState, Reading, Record
+from nsm_graph.models.snapping import fit_snap
+from nsm_graph.models.state import MachineOutput, MachineState, Record
 from nsm_graph.nn import (
     GraphPosition,
     LearnedPosition,
@@ -256,7 +257,6 @@ class NeuralStateMachine(nn.Module):
         """
         self.cell.compile(dynamic=True)
 
-    @torch.no_grad()
     def fit_snap(
         self,
         x: Tensor,
@@ -282,33 +282,7 @@ class NeuralStateMachine(nn.Module):
         Raises:
             ValueError: If the machine has no scan with transition heads, or slots are inactive.
         """
-        scan = self.cell.scan
-        channels = getattr(scan, "transition_channels", 0)
-        if channels == 0:
-            raise ValueError("fit_snap draws transition heads to codes; build the machine with one")
-        if self.manager.num_active < self.manager.max_states:
-            raise ValueError(
-                f"fit_snap needs all slots active, but {self.manager.num_active} of "
-                f"{self.manager.max_states} are; fit it before states are pruned"
-            )
-        was_training, before = self.training, self.cell.snap
-        self.cell.snap = None
-        self.eval()
-        try:
-            output = self.run(x, batch, batch_size=batch_size)
-        finally:
-            self.train(was_training)
-            self.cell.snap = before
-        labels = output.out.argmax(-1)
-        if isinstance(self.head, TokenHead):
-            counts = output.state.num_tokens
-            if bool((counts == 0).any()):
-                raise ValueError("fit_snap needs a token of every example; leave out empty ones")
-            labels = labels[counts.cumsum(0) - 1]
-        states = output.state.states.unflatten(0, (output.state.num_examples, -1))
-        snap = StateSnap.from_labels(states[..., :channels], labels, decay=decay)
-        self.cell.snap = snap.to(states.device).train(was_training)
-        return snap
+        return fit_snap(self, x, batch, batch_size=batch_size, decay=decay)
 
     # Calls ######################################################################
 
@@ -422,7 +396,7 @@ class NeuralStateMachine(nn.Module):
             )
         if self.training and reading.weights is not None:
             self._observe(reading.weights, reading.routes)
-        out, tokens = self._predict(reading, at)
+        out, tokens = predict(self.head, self.cell, reading, at)
         return MachineOutput(out, tokens, reading.state, notes)
 
     def from_hetero(self, data: HeteroData) -> HeteroData:
@@ -470,42 +444,3 @@ class NeuralStateMachine(nn.Module):
             has_tokens = (routes.sources.ptr.diff() > 0)[routes.targets.batch]
             mass, slots = mass[has_tokens], slots[has_tokens]
         self.manager.update_importance(mass, slots)
-
-    def _hide_gated(self, states: Tensor, example: Tensor, num_examples: int) -> Tensor:
-        """In training with a scan: zeroes what the gates wrote, for some of the examples.
-
-        What gates know of short sequences would otherwise be a shortcut past the scan, which alone
-        holds at any length.
-        """
-        kept, scan = self.cell.kept_channels, self.cell.scan
-        if scan is None or kept == 0 or not self.training or scan.gated_dropout == 0:
-            return states
-        is_shown = torch.rand(num_examples, device=states.device) >= scan.gated_dropout
-        shown = is_shown.to(states.dtype)[example].unsqueeze(1)
-        return torch.cat([states[:, :kept], states[:, kept:] * shown], dim=1)
-
-    def _predict(self, reading: Reading, at: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        state = reading.state
-        num_examples, num_states = state.num_examples, state.slots.numel()
-        if isinstance(self.head, ExampleHead):
-            rows = Partition.uniform(num_examples, num_states, state.slots.device)
-            states = self._hide_gated(state.states, rows.batch, num_examples)
-            return self.head(states, rows.batch, num_examples, state.slots), None
-        seen = torch.cat(
-            [state.states[:0], *(reading.before if self.head.causal else reading.after)]
-        )
-        if self.cell.scan is not None:
-            # The scan's channels reach a token through its own read, in order: the states from
-            # before or after its segment would make a difference of where segments end.
-            seen = F.pad(seen[:, self.cell.kept_channels :], (self.cell.kept_channels, 0))
-            groups = reading.groups
-            if groups is None:
-                groups = torch.arange(num_examples, device=seen.device)
-            example = groups.repeat_interleave(num_states)
-            seen = self._hide_gated(seen, example, num_examples)
-        place = None if reading.token_order is None else torch.argsort(reading.token_order)
-        asked = at if place is None else place if at is None else place[at]
-        out, tokens = self.head(
-            reading.tokens, seen, reading.relation.reverse(), reading.reads, asked
-        )
-        return out, tokens if place is None else tokens[place]
