@@ -18,10 +18,8 @@ def hard_gate(logits: Tensor, stretch: float = STRETCH) -> Tensor:
     r"""Closes and opens exactly, if stretched: :math:`\mathrm{clamp}((1+2a) \sigma(z) - a, 0, 1)`.
 
     A million tokens that each leak a thousandth leave nothing; a gate at exactly 0 leaks nothing.
-    The gradient passes the cut as if it were not there, so that a closed gate can open again.
     """
-    gate = logits.sigmoid() * (1 + 2 * stretch) - stretch
-    return gate + (gate.clamp(0, 1) - gate).detach()
+    return (logits.sigmoid() * (1 + 2 * stretch) - stretch).clamp(0, 1)
 
 
 def unit(x: Tensor) -> Tensor:
@@ -82,7 +80,7 @@ class TransitionHeads(nn.Module):
             linear.reset_parameters()
         # Half open: what a token does to the states is to be learned.
         nn.init.zeros_(self.lin_beta.bias)
-        # Almost open and almost closed.
+        # Almost open and almost closed, but not cut off: a gate that is cut off gets no gradient.
         if self.lin_decay is not None:
             nn.init.constant_(self.lin_decay.bias, 1.0)
         if self.lin_write is not None:
