@@ -110,8 +110,8 @@ class SelectiveCopy(_CopyTask):
     symbols.
 
     :obj:`length` counts all tokens. The published setting is a context of 4,096 tokens with 16 data
-    tokens: :obj:`length` 4112. A shorter length has less noise, and below 2 K only as many data
-    tokens as fit.
+    tokens: :obj:`length` 4112. A shorter length has less noise, and below 2 K as many data tokens as
+    fit.
 
     Source: selective copying of Gu and Dao, Mamba, 2023 (16 symbols, the noise among them); the
     symbols and places are those of ``torch_copying_data(variable=True)`` in state-spaces/s4,
