@@ -2,7 +2,6 @@ r"""Copying: data tokens come back in order, after a wait or out of noise."""
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor
@@ -17,11 +16,10 @@ BLANK = 0
 
 @dataclass(frozen=True)
 class _CopyTask(SequenceTask):
-    """K data tokens that are asked in order at the last K tokens; fewer where they do not fit."""
+    """K data tokens that are asked in order at the last K tokens."""
 
     num_tokens: int
     vocab_size: int
-    num_separators: ClassVar[int]  #: tokens that are always there, besides data and questions
 
     def __post_init__(self) -> None:
         check_at_least(self.name, "num_tokens", self.num_tokens, 1)
@@ -40,18 +38,12 @@ class _CopyTask(SequenceTask):
         """One kind of data token among all."""
         return 1 / (self.vocab_size - 2)
 
-    @property
-    def min_length(self) -> int:
-        """Of a sequence with one data token."""
-        return 2 + self.num_separators
-
     def _sample(self, num_examples: int, length: int, generator: Generator) -> Examples:
-        num_tokens = min(self.num_tokens, (length - self.num_separators) // 2)
-        shape = (num_examples, num_tokens)
+        shape = (num_examples, self.num_tokens)
         data = torch.randint(1, self.vocab_size - 1, shape, generator=generator)
         x = torch.full((num_examples, length), BLANK)
         y = torch.full_like(x, IGNORED)
-        y[:, -num_tokens:] = data
+        y[:, -self.num_tokens :] = data
         self._write(x, data, generator)
         return x, y
 
@@ -66,7 +58,7 @@ class Copy(_CopyTask):
 
     Of :obj:`vocab_size` symbols 0 is the blank and the last is the marker; data tokens are uniform
     among the others. :obj:`length` counts all tokens: :math:`K + blanks + 1 + K`. Labels stand at
-    the last K tokens. A shorter sequence has as many data tokens as fit.
+    the last K tokens.
 
     Source: the copying problem of Arjovsky, Shah and Bengio, Unitary Evolution RNNs, 2016 (10 data
     tokens of 8 kinds; a delay of T is :obj:`length` T + 20). Differs: nothing is asked
@@ -92,12 +84,14 @@ class Copy(_CopyTask):
     num_tokens: int = 10
     vocab_size: int = 10
     name = "copy"
-    num_separators = 1
+
+    @property
+    def min_length(self) -> int:
+        return 2 * self.num_tokens + 1
 
     def _write(self, x: Tensor, data: Tensor, generator: Generator) -> None:
-        num_tokens = data.size(1)
-        x[:, :num_tokens] = data
-        x[:, -num_tokens - 1] = self.vocab_size - 1
+        x[:, : self.num_tokens] = data
+        x[:, -self.num_tokens - 1] = self.vocab_size - 1
 
 
 @dataclass(frozen=True)
@@ -110,8 +104,7 @@ class SelectiveCopy(_CopyTask):
     symbols.
 
     :obj:`length` counts all tokens. The published setting is a context of 4,096 tokens with 16 data
-    tokens: :obj:`length` 4112. A shorter length has less noise, and below 2 K as many data tokens as
-    fit.
+    tokens: :obj:`length` 4112. A shorter length has the same data tokens in less noise.
 
     Source: selective copying of Gu and Dao, Mamba, 2023 (16 symbols, the noise among them); the
     symbols and places are those of ``torch_copying_data(variable=True)`` in state-spaces/s4,
@@ -138,10 +131,13 @@ class SelectiveCopy(_CopyTask):
     num_tokens: int = 16
     vocab_size: int = 16
     name = "selective_copy"
-    num_separators = 0
+
+    @property
+    def min_length(self) -> int:
+        return 2 * self.num_tokens
 
     def _write(self, x: Tensor, data: Tensor, generator: Generator) -> None:
-        num_examples, num_tokens = data.shape
-        places = distinct(num_examples, num_tokens, x.size(1) - num_tokens, generator)
+        num_examples, length = x.shape
+        places = distinct(num_examples, self.num_tokens, length - self.num_tokens, generator)
         x.scatter_(1, places.sort(dim=1).values, data)
-        x[:, -num_tokens:] = self.vocab_size - 1
+        x[:, -self.num_tokens :] = self.vocab_size - 1

@@ -82,7 +82,7 @@ def test_mqar_uniform_places():
 @given(st.integers(1, 12), st.integers(0, 30), st.integers(3, 20), SEEDS)
 def test_copy(num_tokens, extra, vocab_size, seed):
     task = Copy(num_tokens, vocab_size)
-    length = 2 * num_tokens + 1 + extra
+    length = task.min_length + extra
     x, y = task.sample(3, length, generator(seed))
     for tokens, labels in zip(x.tolist(), y.tolist(), strict=True):
         assert labels == copy(tokens, num_tokens)
@@ -95,7 +95,7 @@ def test_copy(num_tokens, extra, vocab_size, seed):
 @given(st.integers(1, 12), st.integers(0, 60), st.integers(3, 20), SEEDS)
 def test_selective_copy(num_tokens, extra, vocab_size, seed):
     task = SelectiveCopy(num_tokens, vocab_size)
-    length = 2 * num_tokens + extra
+    length = task.min_length + extra
     x, y = task.sample(3, length, generator(seed))
     for tokens, labels in zip(x.tolist(), y.tolist(), strict=True):
         assert labels == selective_copy(tokens, num_tokens)
@@ -103,25 +103,9 @@ def test_selective_copy(num_tokens, extra, vocab_size, seed):
         assert vocab_size - 1 not in tokens[:-num_tokens]
 
 
-@pytest.mark.parametrize("length", range(3, 21))
-def test_short_sequences_hold_as_many_data_tokens_as_fit(length):
-    num_tokens = (length - 1) // 2
-    x, y = Copy().sample(3, length, generator())
-    for tokens, labels in zip(x.tolist(), y.tolist(), strict=True):
-        assert labels == copy(tokens, num_tokens)
-        blanks = [0] * (length - 1 - 2 * num_tokens)
-        assert tokens[num_tokens:] == [*blanks, 9, *[0] * num_tokens]
-    num_tokens = length // 2
-    x, y = SelectiveCopy().sample(3, length, generator())
-    for tokens, labels in zip(x.tolist(), y.tolist(), strict=True):
-        assert labels == selective_copy(tokens, num_tokens)
-        assert tokens[-num_tokens:] == [15] * num_tokens
-        assert sum(0 < token < 15 for token in tokens) == num_tokens
-
-
 def test_selective_copy_published_setting():
     task = SelectiveCopy()
-    assert (task.num_symbols, task.min_length) == (16, 2)
+    assert (task.num_symbols, task.min_length) == (16, 32)
     x, y = task.sample(4, 4096 + 16, generator())
     assert ((x[:, :4096] != 0).sum(dim=1) == 16).all()
     assert (y != NONE).sum() == 4 * 16
@@ -200,8 +184,8 @@ def test_bad_options(task, options, match):
     [
         (MultiQueryRecall(num_pairs=8), 30, "mqar needs a length of at least 32, got 30"),
         (MultiQueryRecall(), 65, "mqar has no sequences of length 65; use 64, the nearest"),
-        (Copy(), 2, "copy needs a length of at least 3, got 2"),
-        (SelectiveCopy(), 1, "selective_copy needs a length of at least 2, got 1"),
+        (Copy(), 20, "copy needs a length of at least 21, got 20"),
+        (SelectiveCopy(), 31, "selective_copy needs a length of at least 32, got 31"),
         (Induction(), 2, "induction needs a length of at least 3, got 2"),
     ],
 )
