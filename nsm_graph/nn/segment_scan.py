@@ -72,6 +72,9 @@ class SegmentScan(nn.Module):
         stretch: How soon the gates of transition heads reach 0 and 1 exactly: 0 never, 0.5 at
             logits of 1.1. Exact gates hold at any length; with many symbols to learn, gates that
             are cut off early, and then get no gradient, learn worse. (default: :obj:`0.5`)
+        convolution: Every token knows the one before it, as recall needs it and as an operator in
+            front of a digit does. Without it each symbol is one map, always the same, and order
+            holds longest. (default: :obj:`True`)
         backend: ``"chunked"``, ``"reference"`` (token by token), or ``None`` to choose.
             (default: :obj:`None`)
 
@@ -108,6 +111,7 @@ class SegmentScan(nn.Module):
         read: str = "mean",
         gated_dropout: float = 0.5,
         stretch: float = STRETCH,
+        convolution: bool = True,
         backend: str | None = None,
     ) -> None:
         super().__init__()
@@ -156,7 +160,7 @@ class SegmentScan(nn.Module):
         self.gated_heads, self.gated_dropout = gated_heads, gated_dropout
         self.needs_weights = write or routed or read == "routed"
 
-        self.convolution = TokenConvolution(token_channels)
+        self.convolution = TokenConvolution(token_channels) if convolution else None
         self.layers = nn.ModuleList()
         for layer in range(layers):
             share, rest = divmod(transition_heads, layers)
@@ -195,7 +199,9 @@ class SegmentScan(nn.Module):
 
     def reset_parameters(self) -> None:
         # Each part resets what is inside it; nothing is drawn twice.
-        parts: list[nn.Module] = [self.convolution, *self.norms, self.lin_read]
+        parts: list[nn.Module] = [*self.norms, self.lin_read]
+        if self.convolution is not None:
+            parts.append(self.convolution)
         for owner in (*self.layers, *self.mixers):
             parts += owner.children()
         for part in parts:
@@ -275,7 +281,7 @@ class SegmentScan(nn.Module):
 
     def convolve(self, x: Tensor, examples: Partition, tail: Tensor | None = None) -> Tensor:
         """Tokens that know the one before, ``[T, C_t]``; needs each example's tokens in order."""
-        return self.convolution(x, examples, tail)
+        return x if self.convolution is None else self.convolution(x, examples, tail)
 
     def hoist(
         self,

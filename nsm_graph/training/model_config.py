@@ -10,7 +10,7 @@ from nsm_graph.training.checks import check_choice, check_range, check_types, gi
 KINDS = ("nsm", "gru", "lstm", "transformer", "deltanet")
 SCAN_KEYS = (
     *("memory_heads", "gated_heads", "reflections", "decay", "write", "gated_dropout"),
-    "stretch",
+    *("stretch", "convolution"),
 )
 OFF_AT_ZERO = ("memory_heads", "gated_heads")
 BASELINE_KEYS = {
@@ -57,6 +57,7 @@ class ModelConfig:
         tie_embeddings: Tasks over symbols: one table for input and output.
         gated_dropout: scan: share of examples whose gated heads are hidden in training.
         stretch: scan: how soon gates reach 0 and 1 exactly; 0 for never.
+        convolution: scan: whether a token knows the one before it.
     """
 
     kind: str = "nsm"
@@ -88,6 +89,7 @@ class ModelConfig:
     write: bool | None = None
     gated_dropout: float | None = None
     stretch: float | None = None
+    convolution: bool | None = None
     tie_embeddings: bool | None = None
 
     def __post_init__(self) -> None:
