@@ -14,7 +14,7 @@ from nsm_graph.ops.segment import widen
 STRETCH = 0.5
 
 
-def hard_gate(logits: Tensor, stretch: float = STRETCH) -> Tensor:
+def hard_gate(logits: Tensor, stretch: float | Tensor = STRETCH) -> Tensor:
     r"""Closes and opens exactly, if stretched: :math:`\mathrm{clamp}((1+2a) \sigma(z) - a, 0, 1)`.
 
     A million tokens that each leak a thousandth leave nothing; a gate at exactly 0 leaks nothing.
@@ -54,6 +54,8 @@ class TransitionHeads(nn.Module):
         stretch: Of the gates, see :func:`hard_gate`. (default: :obj:`0.5`)
     """
 
+    stretch: Tensor
+
     def __init__(
         self,
         token_channels: int,
@@ -66,7 +68,8 @@ class TransitionHeads(nn.Module):
         stretch: float = STRETCH,
     ) -> None:
         super().__init__()
-        self.stretch = stretch
+        # A buffer, since it may grow in training: it belongs to what was learned with it.
+        self.register_buffer("stretch", torch.tensor(float(stretch)))
         self.heads, self.head_channels, self.reflections = heads, head_channels, reflections
         self.lin_key = Linear(token_channels, heads * reflections * head_channels)
         self.lin_beta = Linear(token_channels, heads * reflections)
@@ -119,7 +122,10 @@ class MemoryHeads(nn.Module):
         heads: Number of these heads.
         head_channels: Size D of a head.
         num_states: Number of slots.
+        stretch: Of the gates, see :func:`hard_gate`. (default: :obj:`0.5`)
     """
+
+    stretch: Tensor
 
     #: Tensors indexed by slot; slots come first, heads within a slot.
     slot_dims = {
@@ -130,9 +136,16 @@ class MemoryHeads(nn.Module):
     }
 
     def __init__(
-        self, token_channels: int, heads: int, head_channels: int, num_states: int
+        self,
+        token_channels: int,
+        heads: int,
+        head_channels: int,
+        num_states: int,
+        *,
+        stretch: float = STRETCH,
     ) -> None:
         super().__init__()
+        self.register_buffer("stretch", torch.tensor(float(stretch)))
         self.heads, self.head_channels, self.num_states = heads, head_channels, num_states
         self.lin_key = Linear(token_channels, num_states * heads)
         self.lin_query = Linear(token_channels, num_states * heads)
@@ -164,7 +177,7 @@ class MemoryHeads(nn.Module):
         key = self._entries(widen(self.lin_key(x_BSC)), slots_BN, mask_BN)
         query = self._entries(widen(self.lin_query(x_BSC)), slots_BN, mask_BN)
         value = widen(self.lin_value(x_BSC)).unflatten(-1, (self.heads, 1, self.head_channels))
-        beta = hard_gate(widen(self.lin_beta(x_BSC))).unsqueeze(-1)
+        beta = hard_gate(widen(self.lin_beta(x_BSC)), self.stretch).unsqueeze(-1)
         return DeltaSteps(key.unsqueeze(3), beta, value), query
 
     def _entries(self, table: Tensor, slots_BN: Tensor | None, mask_BN: Tensor | None) -> Tensor:

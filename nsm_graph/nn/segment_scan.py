@@ -69,9 +69,9 @@ class SegmentScan(nn.Module):
             by routing weights, ``"routed"``. (default: :obj:`"mean"`)
         gated_dropout: Share of the examples whose gated heads are hidden from read-outs in
             training, so that what gates know is no shortcut past the scan. (default: :obj:`0.5`)
-        stretch: How soon the gates of transition heads reach 0 and 1 exactly: 0 never, 0.5 at
-            logits of 1.1. Exact gates hold at any length; with many symbols to learn, gates that
-            are cut off early, and then get no gradient, learn worse. (default: :obj:`0.5`)
+        stretch: How soon gates reach 0 and 1 exactly: 0 never, 0.5 at logits of 1.1, 2 at 0.4.
+            Exact gates hold at any length; with many symbols to learn, gates that are cut off
+            early, and then get no gradient, learn worse: see :meth:`harden`. (default: :obj:`0.5`)
         convolution: Every token knows the one before it, as recall needs it and as an operator in
             front of a digit does. Without it each symbol is one map, always the same, and order
             holds longest. (default: :obj:`True`)
@@ -143,8 +143,8 @@ class SegmentScan(nn.Module):
                 f"layers={layers} share {transition_heads} transition heads, and memory heads "
                 f"belong to the last: too few for every layer to have one; give more heads"
             )
-        if not 0 <= stretch <= 1:
-            raise ValueError(f"stretch must lie in [0, 1], but is {stretch}")
+        if not 0 <= stretch < float("inf"):
+            raise ValueError(f"stretch must be a number of at least 0, but is {stretch}")
         if not 0 <= gated_dropout < 1:
             raise ValueError(f"gated_dropout must lie in [0, 1), but is {gated_dropout}")
         check_choice("read", read, ("mean", "routed"))
@@ -157,7 +157,7 @@ class SegmentScan(nn.Module):
         self.num_states, self.heads = num_states, heads
         self.head_channels = state_channels // heads
         self.transition_heads, self.memory_heads = transition_heads, memory_heads
-        self.gated_heads, self.gated_dropout = gated_heads, gated_dropout
+        self.gated_heads, self.gated_dropout, self.stretch = gated_heads, gated_dropout, stretch
         self.needs_weights = write or routed or read == "routed"
 
         self.convolution = TokenConvolution(token_channels) if convolution else None
@@ -177,7 +177,9 @@ class SegmentScan(nn.Module):
                     stretch=stretch,
                 )
             if layer == layers - 1 and memory_heads > 0:
-                memory = MemoryHeads(token_channels, memory_heads, self.head_channels, num_states)
+                memory = MemoryHeads(
+                    token_channels, memory_heads, self.head_channels, num_states, stretch=stretch
+                )
             self.layers.append(
                 ScanLayer(transition, memory, routed=routed, read=read, backend=backend)
             )
@@ -207,6 +209,18 @@ class SegmentScan(nn.Module):
         for part in parts:
             if hasattr(part, "reset_parameters"):
                 part.reset_parameters()
+
+    def harden(self, share: float) -> None:
+        """Sets the gates' stretch to a share of its full value, which it has at first.
+
+        Soft gates learn and hard gates hold: let it grow from 0 to 1 in the course of a training,
+        and end at 1. What the gates make of the same logits changes with it.
+        """
+        if not 0 <= share <= 1:
+            raise ValueError(f"share must lie in [0, 1], but is {share}")
+        for layer in self.layers:
+            for heads in filter(None, layer.children()):
+                heads.stretch.fill_(share * self.stretch)
 
     def rest_reads(self) -> None:
         """Nobody reads token by token: what only such reads would use is not trained."""

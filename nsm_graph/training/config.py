@@ -137,6 +137,8 @@ class TrainConfig:
         precision: Of Lightning Fabric: 32-true, bf16-mixed, 16-mixed, bf16-true, 64-true.
         label_smoothing: Classification: share of the target that is spread over all classes in the
             training loss; keeps up the pressure towards exact states when all answers are right.
+        harden: nsm with a scan: the stretch of its gates grows from 0 to model.stretch between
+            30 and 80 % of the run: soft gates learn, hard gates hold at any length.
         random_segments: nsm: every batch is read in segments of a random length, up to
             model.segment_length.
         curriculum: sequence tasks: training accuracy at which lengths grow towards
@@ -159,6 +161,7 @@ class TrainConfig:
     threads: int | None = None
     precision: str = "32-true"
     label_smoothing: float = 0.0
+    harden: bool = False
     random_segments: bool = False
     curriculum: float | None = None
     min_length: int | None = None
@@ -219,6 +222,11 @@ class Config:
         check_range("seed", self.seed, 0)
         for name in self.compared:
             check_choice("compare", name, KINDS[1:] if self.compare != "none" else (*KINDS, "none"))
+        if self.train.harden and self.model.kind == "nsm" and self.model.scan_layers is None:
+            raise ValueError(
+                "train.harden: expected only with an ordered scan, whose gates it hardens; set "
+                "model.scan_layers, too"
+            )
         if len(set(self.compared)) < len(self.compared):
             raise ValueError(f"compare: expected each baseline once; got {self.compare}")
 

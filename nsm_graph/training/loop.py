@@ -13,6 +13,7 @@ from lightning_fabric.wrappers import _FabricModule
 from torch import Tensor, nn
 
 from nsm_graph.data import Splits
+from nsm_graph.models import NeuralStateMachine
 from nsm_graph.training.batches import batches, shift_images
 from nsm_graph.training.checkpoint import load_checkpoint, save_checkpoint
 from nsm_graph.training.config import Config, TrainConfig
@@ -79,6 +80,8 @@ def fit(
                 rate = schedule.rate(progress)
                 for group in optimizer.param_groups:
                     group["lr"] = rate
+                if train.harden and isinstance(model, NeuralStateMachine):
+                    model.cell.scan.harden(schedule.hardness(progress))
                 batch = shift_images(batch, order) if config.data.augment else batch
                 batch = batch.to(fabric.device)
 

@@ -1,4 +1,4 @@
-"""How far a run has come, and the learning rate there."""
+"""How far a run has come, and the learning rate and the hardness of gates there."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import math
 from dataclasses import dataclass
 
 from nsm_graph.training.config import TrainConfig
+
+#: Shares of a run between which gates harden: a task is learned before, and settles after.
+HARDENING = (0.3, 0.8)
 
 
 @dataclass(frozen=True)
@@ -46,3 +49,9 @@ class Schedule:
         if progress < start:
             return self.config.lr
         return self.config.lr * 0.5 * (1 + math.cos(math.pi * (progress - start) / (1 - start)))
+
+    @staticmethod
+    def hardness(progress: float) -> float:
+        """How far the stretch of gates has grown at a given progress, from 0 to 1."""
+        start, end = HARDENING
+        return min(max((progress - start) / (end - start), 0.0), 1.0)

@@ -344,6 +344,33 @@ def test_the_hard_gate_reaches_both_ends_exactly():
     assert (z.grad[[0, 1, 5, 6]] == 0).all()
 
 
+@kinds
+def test_gates_harden_from_a_sigmoid_to_their_full_stretch(options):
+    scan = make_scan(stretch=2.0, **options)
+    given = draw(scan, [5, 3], [SLOTS] * 2)
+    hard = call(scan, given)
+    scan.harden(0.0)
+    soft = call(scan, given)
+    for other, stretch in ((soft, 0.0), (hard, 2.0)):
+        twin = make_scan(stretch=stretch, **options)
+        for a, b in zip(other, call(twin, given), strict=True):
+            assert torch.equal(a, b)
+    scan.harden(0.25)  # half of one
+    for a, b in zip(call(scan, given), call(make_scan(**options), given), strict=True):
+        assert torch.equal(a, b)
+    scan.harden(1.0)
+    assert torch.equal(call(scan, given)[0], hard[0])
+    with pytest.raises(ValueError, match=r"share must lie in \[0, 1\], but is 1.5"):
+        scan.harden(1.5)
+
+
+def test_how_hard_gates_are_belongs_to_the_state_dict():
+    scan, twin = make_scan(stretch=2.0), make_scan(stretch=2.0)
+    scan.harden(0.5)
+    twin.load_state_dict(scan.state_dict())
+    assert twin.layers[0].transition.stretch == 1.0
+
+
 def test_units_have_norm_one_and_zero_stays_zero_with_a_gradient_of_zero():
     x = torch.tensor([[3.0, 4.0], [0.0, 0.0], [1e-30, 1e-30], [2e-15, 1e-15]], requires_grad=True)
     u = unit(x)

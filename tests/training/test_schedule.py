@@ -47,3 +47,8 @@ def test_the_rate_is_held_before_it_falls():
     schedule = Schedule(TrainConfig(epochs=1, lr=1.0, warmup=0.1, hold=0.5), steps_per_epoch=10)
     rates = [schedule.rate(progress) for progress in (0.05, 0.1, 0.3, 0.5, 0.75, 1.0)]
     assert rates == pytest.approx([0.5, 1.0, 1.0, 1.0, 0.5, 0.0])
+
+
+def test_gates_harden_in_the_middle_of_a_run():
+    shares = [Schedule.hardness(progress) for progress in (0.0, 0.3, 0.55, 0.8, 1.0)]
+    assert shares == pytest.approx([0.0, 0.0, 0.5, 1.0, 1.0])

@@ -7,10 +7,12 @@ import torch
 
 from nsm_graph.cli import main
 from nsm_graph.data.tasks import make_task
+from nsm_graph.nn import SegmentScan
 from nsm_graph.training import Config
 from nsm_graph.training.build import build_model
+from nsm_graph.training.checkpoint import load_checkpoint
 from nsm_graph.training.loop import make_engine
-from nsm_graph.training.run import load_data
+from nsm_graph.training.run import load_data, train_run
 from nsm_graph.training.stream import StreamTest, evaluate_stream, spread_lengths
 
 SCAN = {
@@ -103,7 +105,29 @@ def test_from_the_command_line(tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
+def test_gates_are_soft_at_first_and_hard_at_the_end(tmp_path, monkeypatch):
+    seen = []
+    harden = SegmentScan.harden
+    monkeypatch.setattr(
+        SegmentScan, "harden", lambda scan, share: (seen.append(share), harden(scan, share))[0]
+    )
+    run = config(model={**SCAN, "stretch": 2.0}, harden=True, epochs=10)
+    train_run(run, tmp_path / "run", quiet=True)
+    assert len(seen) == 40
+    assert seen == sorted(seen)
+    assert (seen[0], seen[-1]) == (0.0, 1.0)
+    model = build_model(run, load_data(run).info)
+    for layer in model.cell.scan.layers:
+        for heads in layer.children():
+            heads.stretch.zero_()
+    load_checkpoint(tmp_path / "run" / "checkpoint", model)
+    assert all(v == 2.0 for k, v in model.state_dict().items() if k.endswith("stretch"))
+
+
 def test_what_a_scan_needs_is_named():
+    with pytest.raises(ValueError, match=r"train.harden: expected only with an ordered scan"):
+        config(model={**SCAN, "scan_layers": None, "memory_heads": None}, harden=True)
+    config(model={"kind": "gru", "channels": 8}, harden=True)  # a rival, trained in the same loop
     with pytest.raises(ValueError, match=r"model.reflections: expected only with an ordered scan"):
         config(model={**SCAN, "scan_layers": None, "memory_heads": None, "reflections": 2})
 
