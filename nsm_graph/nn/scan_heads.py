@@ -19,7 +19,9 @@ def hard_gate(logits: Tensor, stretch: float | Tensor = STRETCH) -> Tensor:
 
     A million tokens that each leak a thousandth leave nothing; a gate at exactly 0 leaks nothing.
     """
-    return (logits.sigmoid() * (1 + 2 * stretch) - stretch).clamp(0, 1)
+    gate = logits.sigmoid()
+    # In this form half open is 0.5 whatever the precision of the stretch.
+    return (gate + stretch * (2 * gate - 1)).clamp(0, 1)
 
 
 def unit(x: Tensor) -> Tensor:
@@ -83,7 +85,8 @@ class TransitionHeads(nn.Module):
             linear.reset_parameters()
         # Half open: what a token does to the states is to be learned.
         nn.init.zeros_(self.lin_beta.bias)
-        # Almost open and almost closed, but not cut off: a gate that is cut off gets no gradient.
+        # Almost open and almost closed. Up to a stretch of 0.5 they are not cut off, and learn;
+        # with more they are, unless the scan is hardened from soft gates on.
         if self.lin_decay is not None:
             nn.init.constant_(self.lin_decay.bias, 1.0)
         if self.lin_write is not None:

@@ -200,6 +200,7 @@ class SegmentScan(nn.Module):
         self._has_warned = False
 
     def reset_parameters(self) -> None:
+        self.harden(1.0)
         # Each part resets what is inside it; nothing is drawn twice.
         parts: list[nn.Module] = [*self.norms, self.lin_read]
         if self.convolution is not None:

@@ -190,6 +190,11 @@ class TrainConfig:
                 f"got {self.devices}"
             )
         check_choice("train.keep", self.keep, ("best", "last"))
+        if self.harden and self.keep != "last":
+            raise ValueError(
+                f"train.harden: expected train.keep=last, since gates are hard at the end only; "
+                f"got train.keep={self.keep}"
+            )
         check_choice("train.accelerator", self.accelerator, ("cpu", "cuda", "mps", "auto"))
         check_choice(
             "train.precision",

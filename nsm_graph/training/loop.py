@@ -80,8 +80,7 @@ def fit(
                 rate = schedule.rate(progress)
                 for group in optimizer.param_groups:
                     group["lr"] = rate
-                if train.harden and isinstance(model, NeuralStateMachine):
-                    model.cell.scan.harden(schedule.hardness(progress))
+                _harden(model, train, schedule.hardness(progress))
                 batch = shift_images(batch, order) if config.data.augment else batch
                 batch = batch.to(fabric.device)
 
@@ -108,6 +107,7 @@ def fit(
                 if progress >= 1.0:
                     break
 
+            _harden(model, train, schedule.hardness(progress))
             trained = task.metrics(sums)
             if isinstance(loader, FreshSequences):
                 trained["length"] = loader.frontier
@@ -184,6 +184,11 @@ def _check_loss(loss: Tensor, step: int, config: TrainConfig) -> None:
             f"(now {config.lr:g}) or train.clip (now {config.clip}), or raise train.precision "
             f"(now {config.precision})"
         )
+
+
+def _harden(model: nn.Module, config: TrainConfig, share: float) -> None:
+    if config.harden and isinstance(model, NeuralStateMachine):
+        model.cell.scan.harden(share)
 
 
 def _segment_length(config: Config, order: torch.Generator) -> int | None:

@@ -364,6 +364,19 @@ def test_gates_harden_from_a_sigmoid_to_their_full_stretch(options):
         scan.harden(1.5)
 
 
+def test_half_open_is_exact_in_any_precision_of_the_stretch():
+    for stretch in (0.0, 0.1, 0.5, 2.0):
+        assert hard_gate(torch.zeros(1), torch.tensor(stretch).bfloat16()) == 0.5
+
+
+def test_drawing_parameters_anew_makes_gates_as_hard_as_at_first():
+    scan = make_scan(stretch=2.0, memory_heads=1)
+    scan.harden(0.0)
+    scan.reset_parameters()
+    layer = scan.layers[0]
+    assert layer.transition.stretch == layer.memory.stretch == 2.0
+
+
 def test_how_hard_gates_are_belongs_to_the_state_dict():
     scan, twin = make_scan(stretch=2.0), make_scan(stretch=2.0)
     scan.harden(0.5)

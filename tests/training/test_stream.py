@@ -113,7 +113,7 @@ def test_gates_are_soft_at_first_and_hard_at_the_end(tmp_path, monkeypatch):
     )
     run = config(model={**SCAN, "stretch": 2.0}, harden=True, epochs=10)
     train_run(run, tmp_path / "run", quiet=True)
-    assert len(seen) == 40
+    assert len(seen) == 40 + 10  # before every step, and once more after every epoch
     assert seen == sorted(seen)
     assert (seen[0], seen[-1]) == (0.0, 1.0)
     model = build_model(run, load_data(run).info)
@@ -124,9 +124,19 @@ def test_gates_are_soft_at_first_and_hard_at_the_end(tmp_path, monkeypatch):
     assert all(v == 2.0 for k, v in model.state_dict().items() if k.endswith("stretch"))
 
 
+def test_gates_are_hard_at_the_end_of_the_shortest_run(tmp_path):
+    run = config(harden=True, epochs=1, batch_size=32)  # a single step
+    train_run(run, tmp_path / "run", quiet=True)
+    model = build_model(run, load_data(run).info)
+    load_checkpoint(tmp_path / "run" / "checkpoint", model)
+    assert model.cell.scan.layers[0].transition.stretch == 0.5
+
+
 def test_what_a_scan_needs_is_named():
     with pytest.raises(ValueError, match=r"train.harden: expected only with an ordered scan"):
         config(model={**SCAN, "scan_layers": None, "memory_heads": None}, harden=True)
+    with pytest.raises(ValueError, match=r"train.harden: expected train.keep=last"):
+        config(harden=True, keep="best")
     config(model={"kind": "gru", "channels": 8}, harden=True)  # a rival, trained in the same loop
     with pytest.raises(ValueError, match=r"model.reflections: expected only with an ordered scan"):
         config(model={**SCAN, "scan_layers": None, "memory_heads": None, "reflections": 2})
