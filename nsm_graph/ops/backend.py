@@ -30,13 +30,20 @@ def choose_backend(
     if dtype == torch.float64:
         return BackendChoice("reference", "float64 asks for exactness and second derivatives")
     if not relation.is_complete:
-        return BackendChoice("reference", "general edges")
+        return _choose_sparse(relation, "general edges")
     if relation.is_uniform:
         return BackendChoice("dense", "complete and uniform: one dense block per example")
     # Texts are constant here: formatting a symbolic number would break a compiled caller.
     if relation.fill >= MIN_DENSE_FILL:
         return BackendChoice("dense", "complete and ragged, enough of the padding full")
-    return BackendChoice("reference", "complete and ragged, too little of the padding full")
+    return _choose_sparse(relation, "complete and ragged, too little of the padding full")
+
+
+def _choose_sparse(relation: Relation, reason: str) -> BackendChoice:
+    """Kernels where the device has them."""
+    if relation.device.type == "cpu":
+        return BackendChoice("sparse", reason)
+    return BackendChoice("reference", f"{reason}; no kernels for this device")
 
 
 def explain(relation: Relation, dtype: torch.dtype = torch.float32) -> BackendChoice:
@@ -47,7 +54,7 @@ def explain(relation: Relation, dtype: torch.dtype = torch.float32) -> BackendCh
         'dense'
     """
     name, reason = choose_backend(relation, dtype)
-    if reason.startswith("complete and ragged"):
+    if relation.is_complete and "ragged" in reason:
         reason += f" ({relation.fill:.0%} full)"
     return BackendChoice(name, reason)
 
@@ -60,6 +67,7 @@ def available_backends() -> list[tuple[str, bool, str]]:
     return [
         ("reference", True, "gather, softmax, scatter; any edges, any order of derivative"),
         ("dense", True, "scaled_dot_product_attention; complete relations"),
+        ("sparse", True, "Numba kernels, no messages per edge; any edges on a CPU"),
         ("segment_csr", HAS_TORCH_SCATTER, f"{has_scatter}; only where forced"),
     ]
 

@@ -17,11 +17,19 @@ MOSTLY_EMPTY = Relation.complete([0, 4, 4, 4], [0, 2, 4, 6])
     ("relation", "dtype", "name", "reason"),
     [
         (UNIFORM, torch.float64, "reference", "float64"),
-        (GENERAL, torch.float32, "reference", "general edges"),
+        (GENERAL, torch.float32, "sparse", "general edges"),
+        (GENERAL, torch.float16, "sparse", "general edges"),
+        (GENERAL, torch.float64, "reference", "float64"),
+        (
+            GENERAL.to("meta"),
+            torch.float32,
+            "reference",
+            "general edges; no kernels for this device",
+        ),
         (UNIFORM, torch.float32, "dense", "uniform"),
         (UNIFORM, torch.bfloat16, "dense", "uniform"),
         (HALF_FULL, torch.float32, "dense", "enough of the padding full (50% full)"),
-        (MOSTLY_EMPTY, torch.float32, "reference", "too little of the padding full (33% full)"),
+        (MOSTLY_EMPTY, torch.float32, "sparse", "too little of the padding full (33% full)"),
         (Relation.complete([0], [0]), torch.float32, "dense", "uniform"),
     ],
 )
@@ -37,10 +45,10 @@ def test_a_forced_backend_is_used_whatever_the_table_says():
     assert choose_backend(UNIFORM, torch.float32, forced="reference").name == "reference"
 
 
-@pytest.mark.parametrize(("relation", "used"), [(UNIFORM, "dense"), (GENERAL, "reference")])
+@pytest.mark.parametrize(("relation", "used"), [(UNIFORM, "dense"), (GENERAL, "sparse")])
 def test_the_operation_runs_what_explain_says(monkeypatch, relation, used):
     calls = []
-    for name in ("dense", "reference"):
+    for name in ("dense", "reference", "sparse"):
         monkeypatch.setitem(
             edge_attention.__globals__["BACKENDS"],
             name,

@@ -1,6 +1,9 @@
 """Edge attention: one contract for every backend, against an oracle on incidence matrices."""
 
 import math
+import os
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -9,9 +12,15 @@ from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
 
 from nsm_graph.ops.backend import HAS_TORCH_SCATTER
-from nsm_graph.ops.edge_attention import BACKENDS, edge_attention, edge_attention_weights
+from nsm_graph.ops.cpu import threads
+from nsm_graph.ops.edge_attention import (
+    BACKENDS,
+    edge_attention,
+    edge_attention_weights,
+    sparse,
+)
 from nsm_graph.relation import Relation
-from nsm_graph.testing import assert_matches_reference
+from nsm_graph.testing import assert_matches_reference, random_relation
 
 HEADS, CHANNELS = 3, 4
 NORMALISE = ("target", "source")
@@ -309,8 +318,8 @@ class Contract:
         torch.testing.assert_close(compiled(q, k, v, relation, backend=self.backend), eager)
 
 
-class TestReference(Contract):
-    backend = "reference"
+class Differentiable(Contract):
+    """What backends promise that have derivatives of any order."""
 
     @pytest.mark.parametrize("with_bias", [False, True])
     @pytest.mark.parametrize("normalise", NORMALISE)
@@ -347,6 +356,142 @@ class TestReference(Contract):
         assert gradgradcheck(function, [q, k, v])
 
 
+class TestReference(Differentiable):
+    backend = "reference"
+
+
+class TestSparse(Differentiable):
+    backend = "sparse"
+
+    def test_nothing_per_edge_and_channel_is_kept_for_backward(self):
+        relation = random_relation(200, 100, 5000)
+        q, k, v = inputs(relation, torch.float32)
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+            self.attend(q, k, v, relation)
+        assert max(x.numel() for x in kept) <= max(relation.num_edges, 200) * HEADS
+
+    def test_any_number_of_threads_gives_the_same_bits(self, monkeypatch):
+        monkeypatch.setattr(threads, "MIN_WORK", 0)
+        relation = random_relation(300, 200, 3000)
+        results = []
+        for num_threads in (1, 2, 3, 16):
+            torch.set_num_threads(num_threads)
+            try:
+                q, k, v = inputs(relation, torch.float32)
+                out = self.attend(q, k, v, relation)
+                results.append([out, *torch.autograd.grad(out.square().sum(), [q, k, v])])
+            finally:
+                torch.set_num_threads(1)
+        for other in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+    def test_many_python_threads_may_call_at_once(self, monkeypatch):
+        monkeypatch.setattr(threads, "MIN_WORK", 0)
+        relation = random_relation(300, 200, 3000)
+        q, k, v = inputs(relation, torch.float32)
+        expected = self.attend(q, k, v, relation)
+        torch.set_num_threads(2)
+        try:
+            with ThreadPoolExecutor(8) as pool:
+                calls = [pool.submit(self.attend, q, k, v, relation) for _ in range(64)]
+                assert all(torch.equal(call.result(), expected) for call in calls)
+        finally:
+            torch.set_num_threads(1)
+
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+    def test_a_forked_process_gets_the_same(self, monkeypatch):
+        monkeypatch.setattr(threads, "MIN_WORK", 0)
+        relation = random_relation(300, 200, 3000)
+        q, k, v = (x.detach() for x in inputs(relation, torch.float32))
+        torch.set_num_threads(2)
+        try:
+            expected = self.attend(q, k, v, relation)  # its threads exist before the fork
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)  # threads and fork
+                child = os.fork()
+            if child == 0:
+                same = torch.equal(self.attend(q, k, v, relation), expected)
+                os._exit(0 if same else 1)
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        finally:
+            torch.set_num_threads(1)
+
+    def test_views_in_any_layout(self):
+        relation = general("33 to 63")
+        q, k, v = inputs(relation, torch.float32)
+        expected = self.attend(q, k, v, relation)
+        packed = torch.stack([k, v], dim=-1).detach().requires_grad_()
+        turned = q.permute(2, 0, 1).contiguous().detach().requires_grad_()
+        out = self.attend(turned.permute(1, 2, 0), packed[..., 0], packed[..., 1], relation)
+        assert torch.equal(out, expected)
+        wanted = torch.autograd.grad(expected.square().sum(), [q, k, v])
+        dq, dkv = torch.autograd.grad(out.square().sum(), [turned, packed])
+        actual = [dq.permute(1, 2, 0), dkv[..., 0], dkv[..., 1]]
+        assert all(torch.equal(a, b) for a, b in zip(actual, wanted, strict=True))
+
+    def test_only_some_inputs_want_gradients(self):
+        relation = general("33 to 63")
+        full = inputs(relation, torch.float32)
+        out = self.attend(*full, relation)
+        wanted = torch.autograd.grad(out.square().sum(), full)
+        for i in range(3):
+            given = [x.detach() for x in full]
+            given[i].requires_grad_()
+            out = self.attend(*given, relation)
+            assert torch.equal(torch.autograd.grad(out.square().sum(), given[i])[0], wanted[i])
+        assert not self.attend(*(x.detach() for x in full), relation).requires_grad
+
+    def test_an_input_changed_before_backward_is_noticed(self):
+        relation = general("33 to 63")
+        q, k, v = inputs(relation, torch.float32)
+        key = k * 1
+        out = self.attend(q, key, v, relation)
+        key.add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            out.sum().backward()
+
+    @pytest.mark.parametrize("channels", [1, 2, 7, 8, 15, 16, 17, 31, 33, 80])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_any_number_of_channels(self, channels, dtype):
+        relation = general("33 to 63")
+        q, k, v = (torch.randn(n, 2, channels, dtype=dtype) for n in (63, 33, 33))
+        tolerance = 1e-5 if dtype == torch.float32 else 1e-12
+        for normalise in NORMALISE:
+            assert_matches_reference(
+                self.backend, q, k, v, relation, normalise=normalise, tolerance=tolerance
+            )
+
+    def test_rows_of_very_different_degrees(self):
+        src = torch.randint(50, (2000,))
+        dst = torch.cat([torch.zeros(1500, dtype=torch.long), torch.randint(40, (500,))])
+        relation = Relation.from_edge_index(torch.stack([src, dst]), (50, 40))
+        q, k, v = inputs(relation, torch.float32)
+        for normalise in NORMALISE:
+            assert_matches_reference(self.backend, q, k, v, relation, normalise=normalise)
+
+    def test_the_operations_are_what_torch_expects_of_operations(self):
+        relation = general("duplicates")
+        q, k, v = inputs(relation)
+        for bias in (None, bias_of("EH", relation)):
+            arguments = (q, k, v, bias, *relation.csr, *relation.csc, False, 0.5)
+            torch.library.opcheck(sparse._attend, arguments)
+
+    def test_compiled_code_has_gradients_without_a_break(self):
+        relation = general("33 to 63")
+        q, k, v = inputs(relation, torch.float32)
+        compiled = torch.compile(edge_attention, backend="aot_eager", fullgraph=True)
+        out = compiled(q, k, v, relation, backend=self.backend)
+        eager = self.attend(q, k, v, relation)
+        assert torch.equal(out, eager)
+        for actual, wanted in zip(
+            torch.autograd.grad(out.square().sum(), [q, k, v]),
+            torch.autograd.grad(eager.square().sum(), [q, k, v]),
+            strict=True,
+        ):
+            torch.testing.assert_close(actual, wanted)
+
+
 class TestDense(Contract):
     backend = "dense"
     serves_general = False
@@ -366,8 +511,10 @@ class TestSegmentCsr(Contract):
 
 
 def test_the_contract_covers_every_backend():
-    covered = {test.backend for test in Contract.__subclasses__()}
-    assert covered == set(BACKENDS)
+    covered = {
+        test.backend for test in (*Contract.__subclasses__(), *Differentiable.__subclasses__())
+    }
+    assert covered - {""} == set(BACKENDS)
 
 
 def test_duplicate_edges_count_twice():

@@ -12,7 +12,7 @@ from typing import Literal
 from torch import Tensor
 
 from nsm_graph.ops.backend import BackendChoice, choose_backend
-from nsm_graph.ops.edge_attention import dense, reference, segment_csr
+from nsm_graph.ops.edge_attention import dense, reference, segment_csr, sparse
 from nsm_graph.relation import Relation, check_size
 
 Normalise = Literal["target", "source"]
@@ -21,6 +21,7 @@ BACKENDS: dict[str, Callable[..., Tensor]] = {
     "reference": reference.edge_attention,
     "segment_csr": segment_csr.edge_attention,
     "dense": dense.edge_attention,
+    "sparse": sparse.edge_attention,
 }
 
 

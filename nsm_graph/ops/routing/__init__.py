@@ -77,8 +77,10 @@ def route(
             f"{relation} does not give every example {num_columns} states, as many as there are "
             f"columns in logits; say with column= which column each state reads"
         )
-    choice = choose_backend(relation, x.dtype, forced=backend)
-    return IMPLEMENTATIONS[choice.name](logits, x, relation, column)
+    name = choose_backend(relation, x.dtype, forced=backend).name
+    # The scores are a table here: there are no kernels for them on general edges.
+    implementation = IMPLEMENTATIONS.get(name, reference.route)
+    return implementation(logits, x, relation, column)
 
 
 def _is_column_by_position(relation: Relation, num_columns: int) -> bool:

@@ -1,0 +1,169 @@
+"""Edge attention on general edges, for processors: three passes over edges, no messages.
+
+Every pass owns rows of one side (targets or sources) and visits their edges, so nothing is added
+atomically and the result does not depend on the number of threads. Weights stand in edge order,
+whichever side a pass owns; `README.md` has the derivation.
+
+Legend: G rows that a pass owns, X rows of the other side, E edges, H heads, D channels a head;
+edges of row g are p = ptr[g]..ptr[g + 1] - 1, ``index[p]`` is the other end and ``perm[p]`` the
+edge.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nsm_graph.ops.cpu.compiled import Kernel
+from nsm_graph.ops.cpu.threads import run_rows
+from nsm_graph.ops.cpu.vectors import DOTS, dots, exponential, weighted_sum
+from nsm_graph.relation import CompressedEdges
+
+Array = Any  # numpy arrays in Python, Numba's in kernels
+
+
+@Kernel
+def softmax_kernel(
+    own_GHD: Array,
+    other_XHD: Array,
+    ptr: Array,
+    index: Array,
+    perm: Array,
+    bias_EH: Array,
+    scale: Any,
+    weights_EH: Array,
+    first: int,
+    end: int,
+) -> None:
+    """Softmax of ``scale * own . other + bias`` over the edges of each row."""
+    zero, factor = own_GHD.dtype.type(0), own_GHD.dtype.type(scale)
+    absent = own_GHD.dtype.type(-np.inf)
+    most = 0
+    for g in range(first, end):
+        most = max(most, ptr[g + 1] - ptr[g])
+    scores = np.empty(most + DOTS, own_GHD.dtype)
+    has_bias = bias_EH.shape[0] > 0
+    for g in range(first, end):
+        start = ptr[g]
+        count = ptr[g + 1] - start
+        for h in range(own_GHD.shape[1]):
+            for p in range(0, count, DOTS):
+                dots(scores, p, own_GHD, g, h, other_XHD, index, start + p, start + count - 1)
+            column = h if bias_EH.shape[1] > 1 else 0
+            highest = absent
+            for p in range(count):
+                score = scores[p] * factor
+                if has_bias:
+                    score += bias_EH[perm[start + p], column]
+                scores[p] = score
+                highest = score if score > highest else highest
+            if highest == absent:
+                highest = zero
+            total = zero
+            for p in range(count):
+                score = scores[p]
+                weight = zero if score == absent else exponential(score - highest)
+                scores[p] = weight
+                total += weight
+            # A row without edges, or with absent ones only, has weights of zero.
+            share = zero if total == zero else own_GHD.dtype.type(1) / total
+            for p in range(count):
+                weights_EH[perm[start + p], h] = scores[p] * share
+
+
+@Kernel
+def softmax_backward_kernel(
+    own_GHD: Array,
+    other_XHD: Array,
+    ptr: Array,
+    index: Array,
+    perm: Array,
+    weights_EH: Array,
+    grad_EH: Array,
+    first: int,
+    end: int,
+) -> None:
+    """Gradient of the scores, where ``own . other`` is the gradient of the weights."""
+    zero = own_GHD.dtype.type(0)
+    most = 0
+    for g in range(first, end):
+        most = max(most, ptr[g + 1] - ptr[g])
+    terms = np.empty(most + DOTS, own_GHD.dtype)
+    for g in range(first, end):
+        start = ptr[g]
+        count = ptr[g + 1] - start
+        for h in range(own_GHD.shape[1]):
+            for p in range(0, count, DOTS):
+                dots(terms, p, own_GHD, g, h, other_XHD, index, start + p, start + count - 1)
+            delta = zero
+            for p in range(count):
+                delta += weights_EH[perm[start + p], h] * terms[p]
+            for p in range(count):
+                edge = perm[start + p]
+                grad_EH[edge, h] = weights_EH[edge, h] * (terms[p] - delta)
+
+
+@Kernel
+def sum_kernel(
+    weights_EH: Array,
+    other_XHD: Array,
+    ptr: Array,
+    index: Array,
+    perm: Array,
+    factor: Any,
+    out_GHD: Array,
+    first: int,
+    end: int,
+) -> None:
+    """``factor`` times the weighted sum of the other ends of each row's edges."""
+    scale = other_XHD.dtype.type(factor)
+    for g in range(first, end):
+        for h in range(other_XHD.shape[1]):
+            weighted_sum(
+                out_GHD, g, h, other_XHD, index, weights_EH, perm,
+                ptr[g], ptr[g + 1] - ptr[g], scale,
+            )  # fmt: skip
+
+
+# Passes over tensors ###############################################################
+
+
+def softmax(
+    own: Tensor, other: Tensor, edges: CompressedEdges, bias: Tensor | None, scale: float
+) -> Tensor:
+    """Weights ``[E, H]`` in edge order, normalised over the edges of each own row."""
+    weights = own.new_empty(edges.index.numel(), own.size(1))
+    bias = own.new_empty(0, 1) if bias is None else bias
+    arguments = (*_arrays(own, other, *edges, bias), float(scale), *_arrays(weights))
+    run_rows(softmax_kernel, edges.ptr.numpy(), _work(own), *arguments)
+    return weights
+
+
+def softmax_backward(own: Tensor, other: Tensor, edges: CompressedEdges, weights: Tensor) -> Tensor:
+    """Gradient ``[E, H]`` of the scores, in edge order; ``own . other`` is that of the weights."""
+    grad = torch.empty_like(weights)
+    arguments = _arrays(own, other, *edges, weights, grad)
+    run_rows(softmax_backward_kernel, edges.ptr.numpy(), _work(own), *arguments)
+    return grad
+
+
+def weighted_sums(
+    weights: Tensor, other: Tensor, edges: CompressedEdges, factor: float = 1.0
+) -> Tensor:
+    """``factor`` times the weighted sums ``[G, H, D]`` of the other ends."""
+    out = other.new_empty(edges.ptr.numel() - 1, *other.shape[1:])
+    arguments = (*_arrays(weights, other, *edges), float(factor), *_arrays(out))
+    run_rows(sum_kernel, edges.ptr.numpy(), _work(other), *arguments)
+    return out
+
+
+def _arrays(*tensors: Tensor) -> list[np.ndarray]:
+    return [tensor.contiguous().numpy() for tensor in tensors]
+
+
+def _work(rows: Tensor) -> int:
+    """Multiply-adds of one edge."""
+    return rows.size(1) * rows.size(2)
