@@ -14,12 +14,13 @@ import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic, overload
-
-from nsm_graph.ops.cpu.compiled import OPTIONS
+from numba.extending import intrinsic
 
 #: Rows that :func:`dots` multiplies at once: four sums are added up across their lanes together.
 DOTS = 4
+
+#: Numbers that every vector is a divisor of.
+LANES = 16
 
 _INT = types.intp
 _I32 = ir.IntType(32)
@@ -96,16 +97,72 @@ def _multiply_add(builder: Any, total: Any, a: Any, b: Any) -> None:
     builder.store(builder.fadd(builder.load(total), product, flags=_FAST), total)
 
 
-def _over_channels(builder: Any, num_channels: Any, vector: ir.VectorType, body: Any) -> None:
-    """Calls ``body(first channel, mask)`` for whole vectors, then for a masked rest."""
-    step = ir.Constant(num_channels.type, vector.count)
-    num_whole = builder.udiv(num_channels, step)
+def _over(builder: Any, count: Any, vector: ir.VectorType, body: Any) -> None:
+    """Calls ``body(first, mask)`` for each whole vector of ``count`` numbers, then for the rest."""
+    step = ir.Constant(count.type, vector.count)
+    num_whole = builder.udiv(count, step)
     with cgutils.for_range(builder, num_whole) as loop:
         body(builder.mul(loop.index, step), None)
     done = builder.mul(num_whole, step)
-    left = builder.sub(num_channels, done)
+    left = builder.sub(count, done)
     with builder.if_then(builder.icmp_signed(">", left, ir.Constant(left.type, 0))):
         body(done, _mask(builder, vector, left))
+
+
+def _fold(builder: Any, vector: Any, combine: Any) -> Any:
+    """All lanes combined into one number, half with half."""
+    width = vector.type.count
+    while width > 1:
+        width //= 2
+        low, high = (
+            builder.shuffle_vector(vector, vector, ir.Constant(ir.VectorType(_I32, width), lanes))
+            for lanes in (list(range(width)), list(range(width, 2 * width)))
+        )
+        vector = combine(low, high)
+    return builder.extract_element(vector, ir.Constant(_I32, 0))
+
+
+def _exp(builder: Any, x: Any) -> Any:
+    """exp(x) lane by lane for x <= 0; in float32 at most two units in the last place off."""
+    vector = x.type
+    if not isinstance(vector.element, ir.FloatType):
+        return _each_lane(builder, "exp", x)
+
+    def constant(value: float) -> Any:
+        return ir.Constant(vector, [value] * vector.count)
+
+    def add(a: Any, b: Any) -> Any:
+        return builder.fadd(a, b, flags=_FAST)
+
+    def multiply(a: Any, b: Any) -> Any:
+        return builder.fmul(a, b, flags=_FAST)
+
+    # 2^n exp(r) with |r| <= log(2) / 2. log(2) comes in two parts, of which n times the first is
+    # exact; coefficients as in Cephes. A comparison that NaN fails keeps NaN.
+    least = constant(-87.0)
+    x = builder.select(builder.fcmp_ordered("<", x, least), least, x)
+    n = _each_lane(builder, "floor", add(multiply(x, constant(1.44269504)), constant(0.5)))
+    r = add(x, multiply(n, constant(-0.693359375)))
+    r = add(r, multiply(n, constant(2.12194440e-4)))
+    p = constant(1.9875691500e-4)
+    for term in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 0.5):
+        p = add(multiply(p, r), constant(term))
+    p = add(add(multiply(multiply(p, r), r), r), constant(1.0))
+    whole = ir.VectorType(_I32, vector.count)
+
+    def integer(value: int) -> Any:
+        return ir.Constant(whole, [value] * vector.count)
+
+    # Whatever n is where x is NaN, the product is NaN.
+    exponent = builder.add(builder.fptosi(n, whole), integer(127))
+    return builder.fmul(p, builder.bitcast(builder.shl(exponent, integer(23)), vector))
+
+
+def _each_lane(builder: Any, operation: str, x: Any) -> Any:
+    kind = ir.FunctionType(x.type, [x.type])
+    name = f"llvm.{operation}.{_suffix(x.type)}"
+    function = cgutils.get_or_insert_function(builder.module, kind, name)
+    return builder.call(function, [x])
 
 
 def _across(builder: Any, sums: list, vector: ir.VectorType) -> Any:
@@ -170,7 +227,7 @@ def dots(typing: Any, out: Any, to: Any, a: Any, row: Any, head: Any, b: Any, in
                 y = _load(builder, builder.gep(address, [channel]), vector, mask)
                 _multiply_add(builder, total, x, y)
 
-        _over_channels(builder, _num_channels(context, builder, a, v_a), vector, body)
+        _over(builder, _num_channels(context, builder, a, v_a), vector, body)
         result = _across(builder, [builder.load(total) for total in sums], vector)
         _store(builder, result, _address(context, builder, out, v_out, v_to))
         return context.get_dummy_value()
@@ -209,7 +266,7 @@ def weighted_sum(typing: Any, out: Any, row: Any, head: Any, x: Any, index: Any,
             result = builder.fmul(builder.load(total), _splat(builder, vector, v_factor))
             _store(builder, result, builder.gep(target, [channel]), mask)
 
-        _over_channels(builder, _num_channels(context, builder, x, v_x), vector, body)
+        _over(builder, _num_channels(context, builder, x, v_x), vector, body)
         return context.get_dummy_value()
 
     signature = (out, _INT, _INT, x, index, weights, perm, _INT, _INT, out.dtype)
@@ -217,35 +274,61 @@ def weighted_sum(typing: Any, out: Any, row: Any, head: Any, x: Any, index: Any,
 
 
 @intrinsic
-def _float_of_bits(typing: Any, bits: Any) -> Any:
+def softmax(typing: Any, scores: Any, first: Any, count: Any) -> Any:
+    """Softmax of ``count`` numbers from ``first`` on, in place; -inf is absent, all absent zeros.
+
+    Writes whole vectors: what follows, up to the next multiple of ``LANES``, is overwritten.
+    """
+
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.bitcast(args[0], ir.FloatType())
+        v_scores, v_first, v_count = args
+        element = context.get_data_type(scores.dtype)
+        vector = ir.VectorType(element, _lanes(element))
+        start = _address(context, builder, scores, v_scores, v_first)
+        absent, zeros = ir.Constant(vector, [-np.inf] * vector.count), ir.Constant(vector, None)
+        best, total = (cgutils.alloca_once_value(builder, x) for x in (absent, zeros))
+        builder.store(absent, best)
+        builder.store(zeros, total)
 
-    return types.float32(types.int32), generate
+        def greater(a: Any, b: Any) -> Any:
+            return builder.select(builder.fcmp_ordered(">", a, b), a, b)
 
+        def add(a: Any, b: Any) -> Any:
+            return builder.fadd(a, b, flags=_FAST)
 
-def exponential(x: Any) -> Any:
-    """exp(x) for x <= 0, at most two units in the last place off, in a form that vectorises."""
-    return np.exp(x)
+        def find_highest(place: Any, mask: Any) -> None:
+            address = builder.gep(start, [place])
+            x = _load(builder, address, vector)
+            if mask is not None:
+                x = builder.select(mask, x, absent)
+                _store(builder, x, address)
+            builder.store(greater(x, builder.load(best)), best)
 
+        _over(builder, v_count, vector, find_highest)
+        top = _fold(builder, builder.load(best), greater)
+        is_present = builder.fcmp_unordered("!=", top, ir.Constant(element, -np.inf))
+        top = builder.select(is_present, top, ir.Constant(element, 0.0))
 
-@overload(exponential, inline="always", jit_options=OPTIONS)
-def _exponential(x):  # type: ignore[no-untyped-def]  # numba compares these names
-    if x != types.float32:
-        return lambda x: np.exp(x)
+        def exponentiate(place: Any, mask: Any) -> None:
+            address = builder.gep(start, [place])
+            x = _load(builder, address, vector)
+            power = _exp(builder, builder.fsub(x, _splat(builder, vector, top)))
+            power = builder.select(builder.fcmp_ordered("==", x, absent), zeros, power)
+            _store(builder, power, address)
+            builder.store(add(builder.load(total), power), total)
 
-    def exp32(x):  # type: ignore[no-untyped-def]
-        # 2^n exp(r) with |r| < log(2) / 2; log(2) in two parts, of which n times the first is
-        # exact; coefficients as in Cephes. A comparison that NaN fails keeps NaN.
-        x = np.float32(-87.0) if x < np.float32(-87.0) else x
-        n = np.floor(x * np.float32(1.44269504) + np.float32(0.5))
-        r = x - n * np.float32(0.693359375) + n * np.float32(2.12194440e-4)
-        p = np.float32(1.9875691500e-4) * r + np.float32(1.3981999507e-3)
-        p = p * r + np.float32(8.3334519073e-3)
-        p = p * r + np.float32(4.1665795894e-2)
-        p = p * r + np.float32(1.6666665459e-1)
-        p = p * r + np.float32(0.5)
-        power = _float_of_bits((np.int32(n) + np.int32(127)) << np.int32(23))
-        return (p * r * r + r + np.float32(1.0)) * power
+        _over(builder, v_count, vector, exponentiate)
+        mass = _fold(builder, builder.load(total), add)
+        is_empty = builder.fcmp_ordered("==", mass, ir.Constant(element, 0.0))
+        share = builder.fdiv(ir.Constant(element, 1.0), mass)
+        share = builder.select(is_empty, ir.Constant(element, 0.0), share)
 
-    return exp32
+        def divide(place: Any, mask: Any) -> None:
+            address = builder.gep(start, [place])
+            x = _load(builder, address, vector)
+            _store(builder, builder.fmul(x, _splat(builder, vector, share)), address)
+
+        _over(builder, v_count, vector, divide)
+        return context.get_dummy_value()
+
+    return types.void(scores, _INT, _INT), generate

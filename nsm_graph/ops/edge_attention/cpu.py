@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nsm_graph.ops.cpu import vectors
 from nsm_graph.ops.cpu.compiled import Kernel
 from nsm_graph.ops.cpu.threads import run_rows
-from nsm_graph.ops.cpu.vectors import DOTS, dots, exponential, weighted_sum
 from nsm_graph.relation import CompressedEdges
 
 Array = Any  # numpy arrays in Python, Numba's in kernels
@@ -39,39 +39,27 @@ def softmax_kernel(
     end: int,
 ) -> None:
     """Softmax of ``scale * own . other + bias`` over the edges of each row."""
-    zero, factor = own_GHD.dtype.type(0), own_GHD.dtype.type(scale)
-    absent = own_GHD.dtype.type(-np.inf)
+    factor = own_GHD.dtype.type(scale)
+    has_bias = bias_EH.shape[0] > 0
     most = 0
     for g in range(first, end):
         most = max(most, ptr[g + 1] - ptr[g])
-    scores = np.empty(most + DOTS, own_GHD.dtype)
-    has_bias = bias_EH.shape[0] > 0
+    scores = np.empty(most + vectors.LANES, own_GHD.dtype)
     for g in range(first, end):
-        start = ptr[g]
-        count = ptr[g + 1] - start
+        start, count = ptr[g], ptr[g + 1] - ptr[g]
         for h in range(own_GHD.shape[1]):
-            for p in range(0, count, DOTS):
-                dots(scores, p, own_GHD, g, h, other_XHD, index, start + p, start + count - 1)
+            for p in range(0, count, vectors.DOTS):
+                at, last = start + p, start + count - 1
+                vectors.dots(scores, p, own_GHD, g, h, other_XHD, index, at, last)
             column = h if bias_EH.shape[1] > 1 else 0
-            highest = absent
             for p in range(count):
                 score = scores[p] * factor
                 if has_bias:
                     score += bias_EH[perm[start + p], column]
                 scores[p] = score
-                highest = score if score > highest else highest
-            if highest == absent:
-                highest = zero
-            total = zero
+            vectors.softmax(scores, 0, count)
             for p in range(count):
-                score = scores[p]
-                weight = zero if score == absent else exponential(score - highest)
-                scores[p] = weight
-                total += weight
-            # A row without edges, or with absent ones only, has weights of zero.
-            share = zero if total == zero else own_GHD.dtype.type(1) / total
-            for p in range(count):
-                weights_EH[perm[start + p], h] = scores[p] * share
+                weights_EH[perm[start + p], h] = scores[p]
 
 
 @Kernel
@@ -87,18 +75,17 @@ def softmax_backward_kernel(
     end: int,
 ) -> None:
     """Gradient of the scores, where ``own . other`` is the gradient of the weights."""
-    zero = own_GHD.dtype.type(0)
     most = 0
     for g in range(first, end):
         most = max(most, ptr[g + 1] - ptr[g])
-    terms = np.empty(most + DOTS, own_GHD.dtype)
+    terms = np.empty(most + vectors.DOTS, own_GHD.dtype)
     for g in range(first, end):
-        start = ptr[g]
-        count = ptr[g + 1] - start
+        start, count = ptr[g], ptr[g + 1] - ptr[g]
         for h in range(own_GHD.shape[1]):
-            for p in range(0, count, DOTS):
-                dots(terms, p, own_GHD, g, h, other_XHD, index, start + p, start + count - 1)
-            delta = zero
+            for p in range(0, count, vectors.DOTS):
+                at, last = start + p, start + count - 1
+                vectors.dots(terms, p, own_GHD, g, h, other_XHD, index, at, last)
+            delta = own_GHD.dtype.type(0)
             for p in range(count):
                 delta += weights_EH[perm[start + p], h] * terms[p]
             for p in range(count):
@@ -122,7 +109,7 @@ def sum_kernel(
     scale = other_XHD.dtype.type(factor)
     for g in range(first, end):
         for h in range(other_XHD.shape[1]):
-            weighted_sum(
+            vectors.weighted_sum(
                 out_GHD, g, h, other_XHD, index, weights_EH, perm,
                 ptr[g], ptr[g + 1] - ptr[g], scale,
             )  # fmt: skip
