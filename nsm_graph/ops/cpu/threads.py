@@ -40,9 +40,14 @@ def run_rows(kernel: Callable, ptr: np.ndarray, work_per_edge: int, *arguments: 
     ends = np.searchsorted(cost, shares)
     ends[0], ends[-1] = 0, num_rows
     parts = [part for part in pairwise(ends) if part[0] < part[1]]
-    waiting = [_threads().submit(kernel, *arguments, *part) for part in parts[1:]]
+    run_all(kernel, [(*arguments, *part) for part in parts])
+
+
+def run_all(kernel: Callable, calls: list[tuple]) -> None:
+    """Calls a kernel with each tuple of arguments: the first here, the others in threads."""
+    waiting = [_threads().submit(kernel, *arguments) for arguments in calls[1:]]
     try:
-        kernel(*arguments, *parts[0])
+        kernel(*calls[0])
     finally:
         # Whatever happened here, nobody may write into arrays that are no longer ours.
         for future in waiting:

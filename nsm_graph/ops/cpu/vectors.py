@@ -123,7 +123,7 @@ def _fold(builder: Any, vector: Any, combine: Any) -> Any:
 
 
 def _exp(builder: Any, x: Any) -> Any:
-    """exp(x) lane by lane for x <= 0; in float32 at most two units in the last place off."""
+    """exp(x) lane by lane; in float32 cut off at -87 and 88, at most two units in the last place off."""
     vector = x.type
     if not isinstance(vector.element, ir.FloatType):
         return _each_lane(builder, "exp", x)
@@ -139,8 +139,9 @@ def _exp(builder: Any, x: Any) -> Any:
 
     # 2^n exp(r) with |r| <= log(2) / 2. log(2) comes in two parts, of which n times the first is
     # exact; coefficients as in Cephes. A comparison that NaN fails keeps NaN.
-    least = constant(-87.0)
+    least, most = constant(-87.0), constant(88.0)
     x = builder.select(builder.fcmp_ordered("<", x, least), least, x)
+    x = builder.select(builder.fcmp_ordered(">", x, most), most, x)
     n = _each_lane(builder, "floor", add(multiply(x, constant(1.44269504)), constant(0.5)))
     r = add(x, multiply(n, constant(-0.693359375)))
     r = add(r, multiply(n, constant(2.12194440e-4)))
@@ -332,3 +333,118 @@ def softmax(typing: Any, scores: Any, first: Any, count: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(scores, _INT, _INT), generate
+
+
+def _make_elementwise(function: Any, text: str) -> Any:
+    @intrinsic
+    def elementwise(typing: Any, x: Any, row: Any, first: Any, count: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            v_x, v_row, v_first, v_count = args
+            element = context.get_data_type(x.dtype)
+            vector = ir.VectorType(element, _lanes(element))
+            start = _address(context, builder, x, v_x, v_row, v_first)
+
+            def body(place: Any, mask: Any) -> None:
+                address = builder.gep(start, [place])
+                value = function(builder, _load(builder, address, vector, mask))
+                _store(builder, value, address, mask)
+
+            _over(builder, v_count, vector, body)
+            return context.get_dummy_value()
+
+        return types.void(x, _INT, _INT, _INT), generate
+
+    elementwise.__doc__ = text
+    return elementwise
+
+
+def _sigmoid(builder: Any, x: Any) -> Any:
+    one = ir.Constant(x.type, [1.0] * x.type.count)
+    power = _exp(builder, builder.fneg(x))
+    return builder.fdiv(one, builder.fadd(one, power))
+
+
+def _tanh(builder: Any, x: Any) -> Any:
+    one, two = (ir.Constant(x.type, [value] * x.type.count) for value in (1.0, 2.0))
+    power = _exp(builder, builder.fmul(x, two))
+    return builder.fsub(one, builder.fdiv(two, builder.fadd(one, power)))
+
+
+sigmoid = _make_elementwise(_sigmoid, "``x[row, first:first + count]`` through a sigmoid, in place.")
+tanh = _make_elementwise(_tanh, "``x[row, first:first + count]`` through tanh, in place.")
+
+
+@intrinsic
+def softmax_columns(typing: Any, x: Any) -> Any:
+    """Softmax down the rows of a matrix, in place: every lane is a column of its own."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        (v_x,) = args
+        element = context.get_data_type(x.dtype)
+        vector = ir.VectorType(element, _lanes(element))
+        view = context.make_array(x)(context, builder, v_x)
+        num_rows, num_columns = cgutils.unpack_tuple(builder, view.shape, 2)
+        zeros = ir.Constant(vector, None)
+        highest, total = (cgutils.alloca_once_value(builder, zeros) for _ in range(2))
+
+        def columns(first: Any, mask: Any) -> None:
+            def at(row: Any) -> Any:
+                return _address(context, builder, x, v_x, row, first)
+
+            top = _load(builder, at(ir.Constant(num_rows.type, 0)), vector, mask)
+            builder.store(top, highest)
+            with cgutils.for_range(builder, num_rows) as loop:
+                value, best = _load(builder, at(loop.index), vector, mask), builder.load(highest)
+                is_more = builder.fcmp_ordered(">", value, best)
+                builder.store(builder.select(is_more, value, best), highest)
+            builder.store(zeros, total)
+            with cgutils.for_range(builder, num_rows) as loop:
+                value = _load(builder, at(loop.index), vector, mask)
+                power = _exp(builder, builder.fsub(value, builder.load(highest)))
+                _store(builder, power, at(loop.index), mask)
+                builder.store(builder.fadd(builder.load(total), power, flags=_FAST), total)
+            one = ir.Constant(vector, [1.0] * vector.count)
+            share = builder.fdiv(one, builder.load(total))
+            with cgutils.for_range(builder, num_rows) as loop:
+                value = _load(builder, at(loop.index), vector, mask)
+                _store(builder, builder.fmul(value, share), at(loop.index), mask)
+
+        with builder.if_then(builder.icmp_signed(">", num_rows, ir.Constant(num_rows.type, 0))):
+            _over(builder, num_columns, vector, columns)
+        return context.get_dummy_value()
+
+    return types.void(x), generate
+
+
+@intrinsic
+def softmax_columns_backward(typing: Any, grad: Any, weights: Any) -> Any:
+    """``grad = weights * (grad - sum over rows of weights * grad)``, in place."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        v_grad, v_weights = args
+        element = context.get_data_type(grad.dtype)
+        vector = ir.VectorType(element, _lanes(element))
+        view = context.make_array(grad)(context, builder, v_grad)
+        num_rows, num_columns = cgutils.unpack_tuple(builder, view.shape, 2)
+        zeros = ir.Constant(vector, None)
+        total = cgutils.alloca_once_value(builder, zeros)
+
+        def columns(first: Any, mask: Any) -> None:
+            def pair(row: Any) -> tuple[Any, Any, Any]:
+                at = _address(context, builder, grad, v_grad, row, first)
+                other = _address(context, builder, weights, v_weights, row, first)
+                return at, _load(builder, at, vector, mask), _load(builder, other, vector, mask)
+
+            builder.store(zeros, total)
+            with cgutils.for_range(builder, num_rows) as loop:
+                _, slope, weight = pair(loop.index)
+                _multiply_add(builder, total, slope, weight)
+            with cgutils.for_range(builder, num_rows) as loop:
+                at, slope, weight = pair(loop.index)
+                slope = builder.fsub(slope, builder.load(total))
+                _store(builder, builder.fmul(weight, slope), at, mask)
+
+        _over(builder, num_columns, vector, columns)
+        return context.get_dummy_value()
+
+    return types.void(grad, weights), generate

@@ -1,0 +1,168 @@
+"""The loop over segments as one operation: the documented cell, from the first step to the last.
+
+The cell's equations with dense attention, for a ragged batch whose groups (segments of examples)
+stand step by step. `reference.py` is the loop in plain torch, `cpu.py` one kernel for all of it,
+`README.md` the derivation.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nsm_graph.ops.segment_loop import reference
+
+BACKENDS = ("cpu", "reference")
+
+
+class LoopWeights(NamedTuple):
+    """What the cell has learned; matrices are ``[out, in]``, as in ``torch.nn.Linear``.
+
+    Without communication the last six are None.
+    """
+
+    query: Tensor  #: [C, C]
+    query_bias: Tensor
+    out: Tensor  #: [C, C], of attention
+    out_bias: Tensor
+    gates: Tensor  #: [2 C, 2 C], reset and update from (state, update)
+    gates_bias: Tensor
+    candidate: Tensor  #: [C, 2 C], from (reset * state, update)
+    candidate_bias: Tensor
+    qkv: Tensor | None  #: [3 C, C], of communication
+    qkv_bias: Tensor | None
+    mix: Tensor | None  #: [C, C], its output
+    mix_bias: Tensor | None
+    scale: Tensor | None  #: [C], of its norm
+    shift: Tensor | None
+
+
+class LoopSegments(NamedTuple):
+    """Which tokens and which examples each step of the loop concerns, int64 on the host."""
+
+    token_ptr: Tensor  #: [groups + 1], groups step by step, examples in order within a step
+    num_active: Tensor  #: [steps], examples that still read: the first ones
+
+
+def segment_loop(
+    states: Tensor,
+    routed: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: LoopSegments,
+    weights: LoopWeights,
+    heads: int,
+    *,
+    keep: bool = True,
+    backend: str | None = None,
+) -> Tensor:
+    r"""Reads all segments of all examples into their states.
+
+    .. math::
+        u &= r_t + W_o\,\mathrm{attend}(W_q s, K_t, V_t) + b_o \\
+        (\rho, z) &= \sigma(W_g [s, u] + b_g), \quad
+        c = \tanh(W_c [\rho s, u] + b_c), \quad s \leftarrow (1 - z) s + z c \\
+        s &\leftarrow \mathrm{LayerNorm}(s + W_m\,\mathrm{attend}(s, s, s) + b_m)
+        \quad \text{(optional)}
+
+    Args:
+        states: The states before the first step.
+        routed: Routed sums after their projection, r, group by group.
+        key: Keys of all tokens, group by group.
+        value: Their values; may be the very tensor ``key``.
+        segments: The steps.
+        weights: The cell's.
+        heads: H.
+        keep: Keep what every step makes for backward; otherwise backward makes it again, step by
+            step: about a tenth of the memory for a sixth more time. (default: :obj:`True`)
+        backend: ``"cpu"``, ``"reference"``, or ``None`` for the kernel where tensors are in
+            float32 on a CPU. (default: :obj:`None`)
+
+    Shapes:
+        - **input:** states :math:`(BN, C)`, routed :math:`(GN, C)`, key and value :math:`(T, C)`
+        - **output:** states after every step, :math:`(GN, C)`, in the order of ``routed``
+
+    Raises:
+        ValueError: If shapes or types disagree.
+    """
+    if backend not in (*BACKENDS, None):
+        raise ValueError(f"backend must be one of {BACKENDS} or None, but is {backend!r}")
+    _check(states, routed, key, value, segments, weights, heads)
+    if backend is None:
+        backend = "cpu" if states.is_cpu and states.dtype == torch.float32 else "reference"
+    if backend == "reference" or routed.numel() == 0:
+        return reference.segment_loop(
+            states, routed, key, value, segments.token_ptr, segments.num_active, weights, heads
+        )
+    from nsm_graph.ops.segment_loop import fused
+
+    return fused.segment_loop(states, routed, key, value, segments, weights, heads, keep)
+
+
+def _check(
+    states: Tensor,
+    routed: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: LoopSegments,
+    weights: LoopWeights,
+    heads: int,
+) -> None:
+    """Raises unless everything fits."""
+    channels = states.size(-1)
+    num_groups = segments.token_ptr.numel() - 1
+    for name, rows in (("states", states), ("routed", routed), ("key", key), ("value", value)):
+        if rows.dim() != 2 or rows.size(1) != channels:
+            raise ValueError(
+                f"{name} must have shape (rows, {channels}), but has {tuple(rows.shape)}"
+            )
+        if rows.dtype != states.dtype or rows.device != states.device:
+            raise ValueError(
+                f"{name} is {rows.dtype} on {rows.device}, but states are {states.dtype} on "
+                f"{states.device}"
+            )
+    if heads < 1 or channels % heads != 0:
+        raise ValueError(f"heads={heads} must divide the {channels} channels of states")
+    if int(segments.num_active.sum()) != num_groups:
+        raise ValueError(
+            f"num_active adds up to {int(segments.num_active.sum())} groups, but token_ptr has "
+            f"{num_groups}"
+        )
+    if key.size(0) != value.size(0) or int(segments.token_ptr[-1]) != key.size(0):
+        raise ValueError(
+            f"token_ptr ends at {int(segments.token_ptr[-1])}, but key and value have "
+            f"{key.size(0)} and {value.size(0)} rows"
+        )
+    if num_groups == 0:
+        return
+    num_examples = int(segments.num_active[0])
+    num_states = routed.size(0) // num_groups
+    if num_states * num_groups != routed.size(0) or states.size(0) < num_states * num_examples:
+        raise ValueError(
+            f"routed has {routed.size(0)} rows for {num_groups} groups and states have "
+            f"{states.size(0)} for at least {num_examples} examples: every example needs the same "
+            f"number of states"
+        )
+    if bool((segments.num_active.diff() > 0).any()):
+        raise ValueError("num_active must not grow: examples stand longest first")
+    if bool((segments.token_ptr.diff() < 1).any()):
+        raise ValueError("every group needs at least one token")
+    sizes = {
+        "query": (channels, channels), "query_bias": (channels,), "out": (channels, channels),
+        "out_bias": (channels,), "gates": (2 * channels, 2 * channels),
+        "gates_bias": (2 * channels,), "candidate": (channels, 2 * channels),
+        "candidate_bias": (channels,), "qkv": (3 * channels, channels),
+        "qkv_bias": (3 * channels,), "mix": (channels, channels), "mix_bias": (channels,),
+        "scale": (channels,), "shift": (channels,),
+    }  # fmt: skip
+    for (name, size), tensor in zip(sizes.items(), weights, strict=True):
+        if tensor is None:
+            if weights.qkv is not None or name in LoopWeights._fields[:8]:
+                raise ValueError(f"weights.{name} is missing")
+        elif tensor.shape != size or tensor.dtype != states.dtype:
+            raise ValueError(
+                f"weights.{name} must have shape {size} in {states.dtype}, but has "
+                f"{tuple(tensor.shape)} in {tensor.dtype}"
+            )

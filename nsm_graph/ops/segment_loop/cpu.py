@@ -1,0 +1,462 @@
+"""The loop over segments for processors: forward and backward of the whole sequence in one kernel.
+
+Examples never exchange data, so each thread takes a few at a time through all their segments,
+with everything a step touches in the second-level cache. Every product goes through the register
+tile of :mod:`nsm_graph.ops.cpu.matmul`; attention keeps its weights as [keys, queries], so that a
+softmax runs down columns, lane by lane. What a step made is kept for backward, or made again.
+
+Legend: N states of an example, C channels, H heads, D = C / H; a *group* is one segment of one
+example, groups stand step by step, and rows of group g are g N .. g N + N - 1.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numba
+import numpy as np
+
+from nsm_graph.ops.cpu import vectors
+from nsm_graph.ops.cpu.compiled import OPTIONS, Kernel
+from nsm_graph.ops.cpu.matmul import add_product, affine, multiply
+from nsm_graph.ops.cpu.threads import run_all
+
+Array = Any  # numpy arrays in Python, Numba's in kernels
+
+
+class Weights(NamedTuple):
+    """The cell's parameters; matrices are [in, out], or [out, in] where backward needs them so."""
+
+    query: Array
+    query_bias: Array
+    out: Array
+    out_bias: Array
+    gates: Array
+    gates_bias: Array
+    candidate: Array
+    candidate_bias: Array
+    qkv: Array
+    qkv_bias: Array
+    mix: Array
+    mix_bias: Array
+    scale: Array
+    shift: Array
+
+
+class Segments(NamedTuple):
+    """Which tokens and which rows each step of the loop concerns."""
+
+    token_ptr: Array  #: [groups + 1]
+    first_group: Array  #: [steps], the group of the first example
+    num_active: Array  #: [steps], examples that still read; the first ones, longest first
+
+
+class Saved(NamedTuple):
+    """What a step makes, one row per state; backward reads it."""
+
+    x: Array  #: [rows, 4 C]: state, update, reset * state, candidate mixed in
+    query: Array  #: [rows, C]
+    attended: Array  #: [rows, C]
+    weights: Array  #: [tokens H N], by group and head [tokens, N]
+    gates: Array  #: [rows, 3 C]: reset, update, candidate
+    qkv: Array  #: [rows, 3 C]
+    talk: Array  #: [rows H N], by example and head [N, N]
+    mixed: Array  #: [rows, C]
+    normal: Array  #: [rows, C], normalised
+    inverse: Array  #: [rows], one over the standard deviation
+
+
+# One step ##########################################################################
+
+
+@numba.njit(**OPTIONS)
+def _transpose(out, x):  # type: ignore[no-untyped-def]
+    for i in range(x.shape[0]):
+        for j in range(x.shape[1]):
+            out[j, i] = x[i, j]
+
+
+@numba.njit(**OPTIONS)
+def _attend(out, weights, query, key, value, turned):  # type: ignore[no-untyped-def]
+    """One head of one example: ``out = softmax(query key') value``, weights as [keys, queries]."""
+    _transpose(turned, query)
+    multiply(weights, key, turned)
+    vectors.softmax_columns(weights)
+    multiply(out, weights.T, value)
+
+
+@numba.njit(**OPTIONS)
+def _attend_backward(  # type: ignore[no-untyped-def]
+    d_query, d_key, d_value, d_out, weights, query, key, value, turned, slopes, is_shared
+):
+    """Gradients of the three operands; a key that is the value, too, has the sum of both."""
+    _transpose(turned, d_out)
+    multiply(slopes, value, turned)
+    vectors.softmax_columns_backward(slopes, weights)
+    multiply(d_value, weights, d_out)
+    multiply(d_query, slopes.T, key)
+    if is_shared:
+        add_product(d_key, slopes, query)
+    else:
+        multiply(d_key, slopes, query)
+
+
+@numba.njit(**OPTIONS)
+def _read(  # type: ignore[no-untyped-def]
+    w, saved, key, value, routed, token_ptr, group, count, num_states, heads, row, token, turned
+):
+    """One segment of ``count`` examples, whose states stand in ``saved.x`` from ``row`` on."""
+    channels = key.shape[1]
+    width = channels // heads
+    num_rows = count * num_states
+    x = saved.x[row : row + num_rows]
+    state, update, reset_state, new = (
+        x[:, :channels], x[:, channels : 2 * channels],
+        x[:, 2 * channels : 3 * channels], x[:, 3 * channels :],
+    )  # fmt: skip
+    query = saved.query[row : row + num_rows]
+    attended = saved.attended[row : row + num_rows]
+    gates = saved.gates[row : row + num_rows]
+    affine(query, state, w.query, w.query_bias)
+    for example in range(count):
+        first, end = token_ptr[group + example], token_ptr[group + example + 1]
+        mine = slice(example * num_states, (example + 1) * num_states)
+        place = (token + first - token_ptr[group]) * heads * num_states
+        for head in range(heads):
+            columns = slice(head * width, (head + 1) * width)
+            size = (end - first) * num_states
+            weights = saved.weights[place : place + size].reshape(end - first, num_states)
+            place += size
+            _attend(
+                attended[mine, columns], weights, query[mine, columns],
+                key[first:end, columns], value[first:end, columns], turned,
+            )  # fmt: skip
+    for i in range(num_rows):
+        for j in range(channels):
+            update[i, j] = routed[group * num_states + i, j] + w.out_bias[j]
+    add_product(update, attended, w.out)
+
+    affine(gates[:, : 2 * channels], x[:, : 2 * channels], w.gates, w.gates_bias)
+    for i in range(num_rows):
+        vectors.sigmoid(gates, i, 0, 2 * channels)
+        reset = gates[i, :channels]
+        for j in range(channels):
+            reset_state[i, j] = reset[j] * state[i, j]
+    affine(gates[:, 2 * channels :], x[:, channels : 3 * channels], w.candidate, w.candidate_bias)
+    for i in range(num_rows):
+        vectors.tanh(gates, i, 2 * channels, channels)
+        mix, candidate = gates[i, channels : 2 * channels], gates[i, 2 * channels :]
+        for j in range(channels):
+            new[i, j] = state[i, j] + mix[j] * (candidate[j] - state[i, j])
+
+
+@numba.njit(**OPTIONS)
+def _talk(w, saved, out, count, num_states, heads, row, turned):  # type: ignore[no-untyped-def]
+    """States attend to the states of their example, residual, norm; into ``out``."""
+    channels = out.shape[1]
+    width = channels // heads
+    num_rows = count * num_states
+    new = saved.x[row : row + num_rows, 3 * channels :]
+    qkv = saved.qkv[row : row + num_rows]
+    mixed = saved.mixed[row : row + num_rows]
+    affine(qkv, new, w.qkv, w.qkv_bias)
+    size = num_states * num_states
+    place = row * heads * num_states
+    for example in range(count):
+        mine = slice(example * num_states, (example + 1) * num_states)
+        for head in range(heads):
+            first = head * width
+            weights = saved.talk[place : place + size].reshape(num_states, num_states)
+            place += size
+            _attend(
+                mixed[mine, first : first + width], weights, qkv[mine, first : first + width],
+                qkv[mine, channels + first : channels + first + width],
+                qkv[mine, 2 * channels + first : 2 * channels + first + width], turned,
+            )  # fmt: skip
+    for i in range(num_rows):
+        for j in range(channels):
+            out[i, j] = new[i, j] + w.mix_bias[j]
+    add_product(out, mixed, w.mix)
+    one = out.dtype.type(1)
+    share = one / out.dtype.type(channels)
+    epsilon = out.dtype.type(1e-5)
+    for i in range(num_rows):
+        y, normal = out[i], saved.normal[row + i]
+        mean = one - one
+        for j in range(channels):
+            mean += y[j]
+        mean *= share
+        variance = one - one
+        for j in range(channels):
+            variance += (y[j] - mean) * (y[j] - mean)
+        inverse = one / np.sqrt(variance * share + epsilon)
+        saved.inverse[row + i] = inverse
+        for j in range(channels):
+            normal[j] = (y[j] - mean) * inverse
+        for j in range(channels):
+            y[j] = normal[j] * w.scale[j] + w.shift[j]
+
+
+@numba.njit(**OPTIONS)
+def _add_rows(total, rows):  # type: ignore[no-untyped-def]
+    for i in range(rows.shape[0]):
+        for j in range(rows.shape[1]):
+            total[j] += rows[i, j]
+
+
+@numba.njit(**OPTIONS)
+def _talk_backward(  # type: ignore[no-untyped-def]
+    w, t, saved, grads, d_state, d_qkv, d_mixed, count, num_states, heads, row, turned, slopes
+):
+    """From the gradient of the step's result to that of the propagated state, in place."""
+    channels = d_state.shape[1]
+    width = channels // heads
+    num_rows = count * num_states
+    one = d_state.dtype.type(1)
+    share = one / d_state.dtype.type(channels)
+    for i in range(num_rows):
+        d, normal, inverse = d_state[i], saved.normal[row + i], saved.inverse[row + i]
+        mean = one - one
+        along = one - one
+        for j in range(channels):
+            grads.scale[j] += d[j] * normal[j]
+        for j in range(channels):
+            grads.shift[j] += d[j]
+        for j in range(channels):
+            d[j] *= w.scale[j]
+            mean += d[j]
+            along += d[j] * normal[j]
+        mean *= share
+        along *= share
+        for j in range(channels):
+            d[j] = inverse * (d[j] - mean - normal[j] * along)
+        for j in range(channels):
+            grads.mix_bias[j] += d[j]
+    qkv = saved.qkv[row : row + num_rows]
+    add_product(grads.mix, saved.mixed[row : row + num_rows].T, d_state[:num_rows])
+    multiply(d_mixed[:num_rows], d_state[:num_rows], t.mix)
+    size = num_states * num_states
+    place = row * heads * num_states
+    for example in range(count):
+        mine = slice(example * num_states, (example + 1) * num_states)
+        for head in range(heads):
+            first = head * width
+            q = slice(first, first + width)
+            k = slice(channels + first, channels + first + width)
+            v = slice(2 * channels + first, 2 * channels + first + width)
+            weights = saved.talk[place : place + size].reshape(num_states, num_states)
+            place += size
+            _attend_backward(
+                d_qkv[mine, q], d_qkv[mine, k], d_qkv[mine, v], d_mixed[mine, q], weights,
+                qkv[mine, q], qkv[mine, k], qkv[mine, v], turned,
+                slopes[:size].reshape(num_states, num_states), False,
+            )  # fmt: skip
+    _add_rows(grads.qkv_bias, d_qkv[:num_rows])
+    add_product(grads.qkv, saved.x[row : row + num_rows, 3 * channels :].T, d_qkv[:num_rows])
+    add_product(d_state[:num_rows], d_qkv[:num_rows], t.qkv)
+
+
+@numba.njit(**OPTIONS)
+def _read_backward(  # type: ignore[no-untyped-def]
+    t, saved, grads, d_state, d_gates, d_x, d_query, d_attended, key, value, d_key, d_value,
+    d_routed, token_ptr, group, count, num_states, heads, row, token, turned, slopes, is_shared,
+):  # fmt: skip
+    """From the gradient of the propagated state to that of the state before, in place."""
+    channels = d_state.shape[1]
+    width = channels // heads
+    num_rows = count * num_states
+    one = d_state.dtype.type(1)
+    x = saved.x[row : row + num_rows]
+    dg, dx = d_gates[:num_rows], d_x[:num_rows]
+    d_query, d_attended = d_query[:num_rows], d_attended[:num_rows]
+    query, attended = saved.query[row : row + num_rows], saved.attended[row : row + num_rows]
+    for i in range(num_rows):
+        state, gates, d = x[i, :channels], saved.gates[row + i], d_state[i]
+        mix, candidate = gates[channels : 2 * channels], gates[2 * channels :]
+        d_mix, d_candidate = dg[i, channels : 2 * channels], dg[i, 2 * channels :]
+        for j in range(channels):
+            d_candidate[j] = d[j] * mix[j] * (one - candidate[j] * candidate[j])
+        for j in range(channels):
+            d_mix[j] = d[j] * (candidate[j] - state[j]) * mix[j] * (one - mix[j])
+        for j in range(channels):
+            d[j] *= one - mix[j]
+    # Columns of dx: state, update, reset * state.
+    add_product(grads.candidate, x[:, channels : 3 * channels].T, dg[:, 2 * channels :])
+    multiply(dx[:, channels:], dg[:, 2 * channels :], t.candidate)
+    for i in range(num_rows):
+        state, reset, d = x[i, :channels], saved.gates[row + i, :channels], d_state[i]
+        d_reset, d_both = dg[i, :channels], dx[i, 2 * channels :]
+        for j in range(channels):
+            d_reset[j] = d_both[j] * state[j] * reset[j] * (one - reset[j])
+        for j in range(channels):
+            d[j] += d_both[j] * reset[j]
+            dx[i, j] = d[j]
+    _add_rows(grads.gates_bias, dg[:, : 2 * channels])
+    _add_rows(grads.candidate_bias, dg[:, 2 * channels :])
+    add_product(grads.gates, x[:, : 2 * channels].T, dg[:, : 2 * channels])
+    add_product(dx[:, : 2 * channels], dg[:, : 2 * channels], t.gates)
+    d_update = dx[:, channels : 2 * channels]
+    for i in range(num_rows):
+        for j in range(channels):
+            d_routed[group * num_states + i, j] = d_update[i, j]
+    _add_rows(grads.out_bias, d_update)
+    add_product(grads.out, attended.T, d_update)
+    multiply(d_attended, d_update, t.out)
+    for example in range(count):
+        first, end = token_ptr[group + example], token_ptr[group + example + 1]
+        mine = slice(example * num_states, (example + 1) * num_states)
+        place = (token + first - token_ptr[group]) * heads * num_states
+        for head in range(heads):
+            columns = slice(head * width, (head + 1) * width)
+            size = (end - first) * num_states
+            weights = saved.weights[place : place + size].reshape(end - first, num_states)
+            place += size
+            _attend_backward(
+                d_query[mine, columns], d_key[first:end, columns], d_value[first:end, columns],
+                d_attended[mine, columns], weights, query[mine, columns],
+                key[first:end, columns], value[first:end, columns], turned,
+                slopes[:size].reshape(end - first, num_states), is_shared,
+            )  # fmt: skip
+    _add_rows(grads.query_bias, d_query)
+    add_product(grads.query, x[:, :channels].T, d_query)
+    for i in range(num_rows):
+        for j in range(channels):
+            d_state[i, j] = dx[i, j]
+    add_product(d_state[:num_rows], d_query, t.query)
+
+
+# All steps #########################################################################
+
+
+@numba.njit(**OPTIONS)
+def _begin(saved, states, after, segments, step, example, num_rows, num_states, row):  # type: ignore[no-untyped-def]
+    """The states that a step finds."""
+    channels = states.shape[1]
+    if step == 0:
+        before = states[example * num_states :]
+    else:
+        before = after[(segments.first_group[step - 1] + example) * num_states :]
+    for i in range(num_rows):
+        for j in range(channels):
+            saved.x[row + i, j] = before[i, j]
+
+
+@Kernel
+def forward_kernel(
+    states: Array,
+    routed: Array,
+    key: Array,
+    value: Array,
+    segments: Segments,
+    w: Weights,
+    saved: Saved,
+    after: Array,
+    heads: int,
+    num_states: int,
+    chunks: Array,
+    is_kept: bool,
+) -> None:
+    """The states after every step, ``after[groups N, C]``, of the chunks of examples named."""
+    channels = states.shape[1]
+    turned = np.empty((channels // heads, num_states), states.dtype)
+    talks = w.qkv.shape[0] > 0
+    for chunk in range(chunks.shape[0]):
+        example = chunks[chunk, 0]
+        for step in range(segments.num_active.shape[0]):
+            count = min(chunks[chunk, 1], segments.num_active[step]) - example
+            if count <= 0:
+                break
+            group = segments.first_group[step] + example
+            rows = count * num_states
+            row, token = (group * num_states, segments.token_ptr[group]) if is_kept else (0, 0)
+            _begin(saved, states, after, segments, step, example, rows, num_states, row)
+            _read(
+                w, saved, key, value, routed, segments.token_ptr, group, count, num_states,
+                heads, row, token, turned,
+            )  # fmt: skip
+            out = after[group * num_states : group * num_states + rows]
+            if talks:
+                _talk(w, saved, out, count, num_states, heads, row, turned)
+            else:
+                for i in range(rows):
+                    for j in range(channels):
+                        out[i, j] = saved.x[row + i, 3 * channels + j]
+
+
+@Kernel
+def backward_kernel(
+    d_after: Array,
+    states: Array,
+    routed: Array,
+    key: Array,
+    value: Array,
+    segments: Segments,
+    w: Weights,
+    t: Weights,
+    saved: Saved,
+    after: Array,
+    grads: Weights,
+    d_states: Array,
+    d_routed: Array,
+    d_key: Array,
+    d_value: Array,
+    heads: int,
+    num_states: int,
+    chunks: Array,
+    is_kept: bool,
+    is_shared: bool,
+) -> None:
+    """Gradients of everything, of the chunks of examples named; adds to ``grads``."""
+    channels = states.shape[1]
+    dtype = states.dtype
+    talks = w.qkv.shape[0] > 0
+    most, longest = 0, num_states
+    for chunk in range(chunks.shape[0]):
+        most = max(most, (chunks[chunk, 1] - chunks[chunk, 0]) * num_states)
+    for group in range(segments.token_ptr.shape[0] - 1):
+        longest = max(longest, segments.token_ptr[group + 1] - segments.token_ptr[group])
+    turned = np.empty((channels // heads, num_states), dtype)
+    slopes = np.empty(longest * num_states, dtype)
+    d_state, d_mixed, d_query, d_attended = (
+        np.empty((most, channels), dtype), np.empty((most, channels), dtype),
+        np.empty((most, channels), dtype), np.empty((most, channels), dtype),
+    )  # fmt: skip
+    d_gates, d_x, d_qkv = (
+        np.empty((most, 3 * channels), dtype), np.empty((most, 3 * channels), dtype),
+        np.empty((most, 3 * channels), dtype),
+    )  # fmt: skip
+    spare = np.empty((most, channels), dtype)
+    for chunk in range(chunks.shape[0]):
+        example = chunks[chunk, 0]
+        d_state[:] = dtype.type(0)
+        for step in range(segments.num_active.shape[0] - 1, -1, -1):
+            count = min(chunks[chunk, 1], segments.num_active[step]) - example
+            if count <= 0:
+                continue
+            group = segments.first_group[step] + example
+            rows = count * num_states
+            row, token = (group * num_states, segments.token_ptr[group]) if is_kept else (0, 0)
+            if not is_kept:
+                _begin(saved, states, after, segments, step, example, rows, num_states, row)
+                _read(
+                    w, saved, key, value, routed, segments.token_ptr, group, count, num_states,
+                    heads, row, token, turned,
+                )  # fmt: skip
+                if talks:
+                    _talk(w, saved, spare[:rows], count, num_states, heads, row, turned)
+            for i in range(rows):
+                for j in range(channels):
+                    d_state[i, j] += d_after[group * num_states + i, j]
+            if talks:
+                _talk_backward(
+                    w, t, saved, grads, d_state, d_qkv, d_mixed, count, num_states, heads, row,
+                    turned, slopes,
+                )  # fmt: skip
+            _read_backward(
+                t, saved, grads, d_state, d_gates, d_x, d_query, d_attended, key, value, d_key,
+                d_value, d_routed, segments.token_ptr, group, count, num_states, heads, row,
+                token, turned, slopes, is_shared,
+            )  # fmt: skip
+        for i in range((chunks[chunk, 1] - example) * num_states):
+            for j in range(channels):
+                d_states[example * num_states + i, j] = d_state[i, j]

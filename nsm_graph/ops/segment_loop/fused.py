@@ -1,0 +1,232 @@
+"""The loop as one function that autograd knows; the work is `cpu.py`'s.
+
+Parameters come as ``torch.nn.Linear`` keeps them. The kernels want matrices both ways round, the
+scale of the scores inside the query, and the update in front of the reset state: done here, and
+undone for the gradients.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nsm_graph.ops.segment_loop import cpu, reference
+
+if TYPE_CHECKING:
+    from nsm_graph.ops.segment_loop import LoopSegments, LoopWeights
+
+#: Bytes of one step's activations that a thread works on: they are to stay in its cache.
+STEP_BYTES = 1 << 19
+#: Examples that a thread takes at a time, at most.
+MOST_EXAMPLES = 8
+
+
+def segment_loop(
+    states: Tensor,
+    routed: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: LoopSegments,
+    weights: LoopWeights,
+    heads: int,
+    keep: bool,
+) -> Tensor:
+    """States after every step, ``[G N, C]``."""
+    has_grad = torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (states, routed, key, value, *weights)
+    )
+    is_shared = key is value
+    return _Loop.apply(
+        segments, heads, keep and has_grad, states, routed, key,
+        None if is_shared else value, *weights,
+    )  # fmt: skip
+
+
+class _Loop(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, segments, heads, is_kept, states, routed, key, value, *weights):  # type: ignore[no-untyped-def]
+        run = _Run(segments, heads, is_kept, states, routed, key, value, weights)
+        after = run.forward()
+        ctx.run = run
+        ctx.options = segments, heads
+        ctx.save_for_backward(states, routed, key, value, after, *weights)
+        return after
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        states, routed, key, value, after, *weights = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            given = [states, routed, key, value, *weights]
+            return None, None, None, *_through_the_reference(grad, given, *ctx.options)
+        return None, None, None, *ctx.run.backward(grad, after)
+
+
+def _through_the_reference(grad, given, segments, heads):  # type: ignore[no-untyped-def]
+    """The same gradients in a form that has gradients itself."""
+    states, routed, key, value, *weights = given
+    with torch.enable_grad():
+        after = reference.segment_loop(
+            states, routed, key, key if value is None else value, *segments,
+            type_of(weights), heads,
+        )  # fmt: skip
+        wanted = [x for x in given if x is not None and x.requires_grad]
+        found = iter(torch.autograd.grad(after, wanted, grad, create_graph=True, allow_unused=True))
+    return [next(found) if x is not None and x.requires_grad else None for x in given]
+
+
+def type_of(weights: list[Tensor | None]) -> LoopWeights:
+    from nsm_graph.ops.segment_loop import LoopWeights
+
+    return LoopWeights(*weights)  # type: ignore[arg-type]
+
+
+# One call ##########################################################################
+
+
+class _Run:
+    """Arrays of one forward, and the backward that belongs to it."""
+
+    def __init__(self, segments, heads, is_kept, states, routed, key, value, weights) -> None:  # type: ignore[no-untyped-def]
+        self.heads, self.is_kept, self.is_shared = heads, is_kept, value is None
+        self.states, self.routed, self.key = (_array(x) for x in (states, routed, key))
+        self.value = self.key if value is None else _array(value)
+        num_active = segments.num_active.numpy()
+        self.segments = cpu.Segments(
+            segments.token_ptr.numpy(), np.cumsum(num_active) - num_active, num_active
+        )
+        self.num_states = self.routed.shape[0] // (len(self.segments.token_ptr) - 1)
+        self.weights = _turn(weights, heads)
+        self.has_talk = weights[8] is not None
+        self.chunks = self._share()
+        num_groups, num_tokens = len(self.segments.token_ptr) - 1, self.key.shape[0]
+        if is_kept:
+            saved = self._make_saved(num_groups, num_tokens)
+            self.saved = [saved] * len(self.chunks)
+        else:
+            most = max(int((part[:, 1] - part[:, 0]).max()) for part in self.chunks)
+            longest = int(np.diff(self.segments.token_ptr).max())
+            self.saved = [self._make_saved(most, most * longest) for _ in self.chunks]
+
+    def _share(self) -> list[np.ndarray]:
+        """For each thread, ranges of examples."""
+        channels, dtype = self.states.shape[1], self.states.dtype
+        num_examples = int(self.segments.num_active[0])
+        num_threads = min(torch.get_num_threads(), num_examples)
+        room = STEP_BYTES // (14 * channels * self.num_states * dtype.itemsize)
+        size = max(1, min(room, MOST_EXAMPLES, num_examples // num_threads))
+        first = np.arange(0, num_examples, size)
+        ranges = np.stack([first, np.minimum(first + size, num_examples)], axis=1)
+        # Examples stand longest first: threads take turns.
+        return [ranges[thread::num_threads].copy() for thread in range(num_threads)]
+
+    def _make_saved(self, num_groups: int, num_tokens: int) -> cpu.Saved:
+        rows, channels = num_groups * self.num_states, self.states.shape[1]
+        talk_rows = rows if self.has_talk else 0
+        weight = self.heads * self.num_states
+
+        def empty(*shape: int) -> np.ndarray:
+            return torch.empty(shape, dtype=torch.from_numpy(self.states[:0]).dtype).numpy()
+
+        return cpu.Saved(
+            x=empty(rows, 4 * channels),
+            query=empty(rows, channels),
+            attended=empty(rows, channels),
+            weights=empty(num_tokens * weight),
+            gates=empty(rows, 3 * channels),
+            qkv=empty(talk_rows, 3 * channels),
+            talk=empty(talk_rows * weight),
+            mixed=empty(talk_rows, channels),
+            normal=empty(talk_rows, channels),
+            inverse=empty(talk_rows),
+        )
+
+    def forward(self) -> Tensor:
+        after = torch.empty(self.routed.shape, dtype=torch.from_numpy(self.routed).dtype)
+        calls = [
+            (
+                self.states, self.routed, self.key, self.value, self.segments, self.weights, saved,
+                after.numpy(), self.heads, self.num_states, chunks, self.is_kept,
+            )
+            for saved, chunks in zip(self.saved, self.chunks, strict=True)
+        ]  # fmt: skip
+        cpu.run_all(cpu.forward_kernel, calls)
+        return after
+
+    def backward(self, grad: Tensor, after: Tensor) -> list[Tensor | None]:
+        turned = cpu.Weights(*(np.ascontiguousarray(x.T) for x in self.weights))
+        grads = [cpu.Weights(*(np.zeros_like(x) for x in self.weights)) for _ in self.chunks]
+        d_states = np.zeros_like(self.states)
+        d_routed, d_key = np.empty_like(self.routed), np.empty_like(self.key)
+        d_value = d_key if self.is_shared else np.empty_like(self.value)
+        calls = [
+            (
+                _array(grad), self.states, self.routed, self.key, self.value, self.segments,
+                self.weights, turned, saved, after.numpy(), part, d_states, d_routed, d_key,
+                d_value, self.heads, self.num_states, chunks, self.is_kept, self.is_shared,
+            )
+            for saved, part, chunks in zip(self.saved, grads, self.chunks, strict=True)
+        ]  # fmt: skip
+        cpu.run_all(cpu.backward_kernel, calls)
+        total = cpu.Weights(*(sum(parts[1:], parts[0]) for parts in zip(*grads, strict=True)))
+        rows = (d_states, d_routed, d_key, None if self.is_shared else d_value)
+        return [
+            *(None if x is None else torch.from_numpy(x) for x in rows),
+            *_turn_back(total, self.heads, self.has_talk),
+        ]
+
+
+# Parameters ########################################################################
+
+
+def _array(x: Tensor) -> np.ndarray:
+    return x.detach().contiguous().numpy()
+
+
+def _turn(weights: Any, heads: int) -> cpu.Weights:
+    """The kernel's form: ``[in, out]``, scores scaled, (update, reset state) for the candidate."""
+    (query, query_bias, out, out_bias, gates, gates_bias, candidate, candidate_bias,
+     *talk) = (None if x is None else x.detach() for x in weights)  # fmt: skip
+    channels = query.size(0)
+    factor = (channels // heads) ** -0.5
+    nothing = query.new_empty(0)
+    qkv, qkv_bias, mix, mix_bias, scale, shift = (nothing if x is None else x for x in talk)
+    if talk[0] is not None:
+        factors = query.new_ones(3 * channels)
+        factors[:channels] = factor
+        qkv, qkv_bias = qkv * factors.unsqueeze(1), qkv_bias * factors
+    else:
+        qkv = mix = query.new_empty(0, 0)
+    reset, update = candidate.split(channels, dim=1)
+    candidate = torch.cat([update, reset], dim=1)
+    return cpu.Weights(
+        *(
+            _array(x.t() if x.dim() == 2 else x)
+            for x in (
+                query * factor, query_bias * factor, out, out_bias, gates, gates_bias, candidate,
+                candidate_bias, qkv, qkv_bias, mix, mix_bias, scale, shift,
+            )
+        )
+    )  # fmt: skip
+
+
+def _turn_back(grads: cpu.Weights, heads: int, has_talk: bool) -> list[Tensor | None]:
+    """Gradients of the parameters as they came."""
+    g = cpu.Weights(*(torch.from_numpy(np.ascontiguousarray(x.T)) for x in grads))
+    channels = g.query.size(0)
+    factor = (channels // heads) ** -0.5
+    update, reset = g.candidate.split(channels, dim=1)
+    found: list[Tensor | None] = [
+        g.query * factor, g.query_bias * factor, g.out, g.out_bias, g.gates, g.gates_bias,
+        torch.cat([reset, update], dim=1), g.candidate_bias,
+    ]  # fmt: skip
+    if not has_talk:
+        return [*found, *[None] * 6]
+    factors = g.query.new_ones(3 * channels)
+    factors[:channels] = factor
+    return [
+        *found, g.qkv * factors.unsqueeze(1), g.qkv_bias * factors, g.mix, g.mix_bias, g.scale,
+        g.shift,
+    ]  # fmt: skip

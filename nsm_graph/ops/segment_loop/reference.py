@@ -1,0 +1,74 @@
+"""The loop over segments in plain torch: the definition, with derivatives of any order.
+
+Legend: B examples of a step, N states, C channels, H heads, D = C / H, L tokens of a group.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from nsm_graph.ops.segment_loop import LoopWeights
+
+
+def segment_loop(
+    states: Tensor,
+    routed: Tensor,
+    key: Tensor,
+    value: Tensor,
+    token_ptr: Tensor,
+    num_active: Tensor,
+    w: LoopWeights,
+    heads: int,
+) -> Tensor:
+    """States after every step, ``[G N, C]``."""
+    num_groups = token_ptr.numel() - 1
+    if num_groups == 0:
+        return routed + 0 * (key[:0].sum() + value[:0].sum() + states[:0].sum())
+    num_states = routed.size(0) // num_groups
+    after = []
+    group = 0
+    for count in num_active.tolist():
+        counts = token_ptr[group : group + count + 1].diff()
+        first, end = int(token_ptr[group]), int(token_ptr[group + count])
+        state = states[: count * num_states]
+        key_BLC, mask_BL = _padded(key[first:end], counts)
+        value_BLC, _ = _padded(value[first:end], counts)
+        rows = slice(group * num_states, (group + count) * num_states)
+        query = F.linear(state, w.query, w.query_bias).unflatten(0, (count, num_states))
+        attended = _attend(query, key_BLC, value_BLC, heads, mask_BL)
+        update = routed[rows] + F.linear(attended.flatten(0, 1), w.out, w.out_bias)
+        gates = F.linear(torch.cat([state, update], 1), w.gates, w.gates_bias).sigmoid()
+        reset, mix = gates.chunk(2, dim=1)
+        both = torch.cat([reset * state, update], 1)
+        candidate = F.linear(both, w.candidate, w.candidate_bias).tanh()
+        states = (1 - mix) * state + mix * candidate
+        if w.qkv is not None:
+            qkv = F.linear(states, w.qkv, w.qkv_bias).unflatten(0, (count, num_states))
+            talk = _attend(*qkv.chunk(3, dim=-1), heads, None).flatten(0, 1)
+            assert w.mix is not None
+            states = states + F.linear(talk, w.mix, w.mix_bias)
+            states = F.layer_norm(states, states.shape[1:], w.scale, w.shift)
+        after.append(states)
+        group += count
+    return torch.cat(after)
+
+
+def _padded(rows: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """``[B, L, C]``, and which places hold a token."""
+    parts = rows.split(counts.tolist())
+    padded = torch.nn.utils.rnn.pad_sequence(list(parts), batch_first=True)
+    places = torch.arange(padded.size(1), device=rows.device)
+    return padded, places < counts.to(rows.device).unsqueeze(1)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, heads: int, mask: Tensor | None) -> Tensor:
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key, value))
+    scores = q @ k.transpose(-1, -2) * q.size(-1) ** -0.5
+    if mask is not None:
+        scores = scores.masked_fill(~mask[:, None, None], -torch.inf)
+    return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
