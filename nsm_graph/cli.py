@@ -181,10 +181,15 @@ def bench(argv: list[str]) -> None:
     wrong = [record.case for record in records if not record.correct]
     if wrong:
         raise UserError(f"bench: results differ from the reference in {', '.join(wrong)}")
-    print(f"{'case':58} {'peer':16} {'ours ms':>9} {'peer ms':>9} {'ratio':>6} {'target':>7}")
+    print(f"{'case':58} {'peer':16} {'ours':>9} {'theirs':>9} {'':3} {'ratio':>6} {'target':>7}")
     for record in records:
-        numbers = f"{record.ours_ms:9.1f} {record.peer_ms:9.1f} {record.ratio:6.2f}"
-        print(f"{record.case:58} {record.peer:16} {numbers} {record.target:7.2f}")
+        pair: tuple[float | None, float | None] = (record.ours_ms, record.peer_ms)
+        if record.measure == "mib":
+            pair = (record.ours_mib, record.peer_mib)
+        numbers = " ".join("unknown".rjust(9) if x is None else f"{x:9.1f}" for x in pair)
+        unit = {"ms": "ms", "mib": "MiB"}[record.measure]
+        compared = f"{unit:3} {record.ratio:6.2f} {record.target:7.2f}"
+        print(f"{record.case:58} {record.peer:16} {numbers} {compared}")
     if options.json is not None:
         text = json.dumps([record.to_dict() for record in records], indent=2)
         options.json.write_text(text + "\n")

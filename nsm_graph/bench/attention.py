@@ -15,7 +15,6 @@ from torch_geometric.utils import scatter, softmax
 from nsm_graph.bench.record import BenchRecord, interleaved_medians, peak_mib
 from nsm_graph.ops import edge_attention
 from nsm_graph.relation import Relation
-from nsm_graph.testing import random_relation
 
 #: Targets, edges of each, heads, channels a head; there are twice as many sources.
 SPARSE = ((4096, 16, 4, 32), (4096, 32, 4, 16))
@@ -39,7 +38,7 @@ def bench_attention(*, repetitions: int = 5, scale: float = 1.0) -> list[BenchRe
     records = []
     for num, degree, heads, channels in SPARSE:
         relation = _random_degree(int(num * scale), degree)
-        case = f"sparse N{num} degree {degree} H{heads} D{channels}"
+        case = f"sparse N{relation.num_dst} degree {degree} H{heads} D{channels}"
         peers = _graph_peers(relation, "target")
         targets = {"PyG": 12.0, "PyG compiled": 1.5, "DGL": 1.5}
         records += _compare(case, relation, heads, channels, "target", peers, targets, repetitions)
@@ -72,7 +71,7 @@ def bench_routing(*, repetitions: int = 5, scale: float = 1.0) -> list[BenchReco
 def bench_memory(*, repetitions: int = 1, scale: float = 1.0) -> list[BenchRecord]:
     """Peak memory of forward and backward over a million edges, beside messages per edge."""
     num, degree, heads, channels = LARGE
-    relation = random_relation(2 * int(num * scale), int(num * scale), int(num * degree * scale))
+    relation = _random_degree(int(num * scale), degree)
     _ = relation.csr, relation.csc  # what a graph keeps, not what a call needs
     given = _inputs(relation, heads, channels)
     pyg = _pyg(relation, "target")

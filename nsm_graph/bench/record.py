@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import math
 import platform
 import statistics
 import time
@@ -46,11 +47,11 @@ class BenchRecord:
             return self.peer_ms / self.ours_ms
         if self.ours_mib is None or self.peer_mib is None:
             return float("nan")  # this system does not tell
-        return self.peer_mib / self.ours_mib
+        return self.peer_mib / self.ours_mib if self.ours_mib > 0 else float("inf")
 
     def to_dict(self) -> dict[str, Any]:
         """What JSON can hold, with the ratio."""
-        return {**vars(self), "ratio": self.ratio}
+        return {**vars(self), "ratio": self.ratio if math.isfinite(self.ratio) else None}
 
 
 def interleaved_medians(
@@ -70,7 +71,7 @@ def interleaved_medians(
 def peak_mib(run: Callable[[], object]) -> float | None:
     """How far a call raises the memory of this process, in MiB; None where Linux does not tell."""
     status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-    if not status.exists():
+    if not (status.exists() and reset.exists()):
         return None
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # freed memory that is kept would hide what is needed

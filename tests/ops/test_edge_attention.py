@@ -344,6 +344,24 @@ class Differentiable(Contract):
         assert gradcheck(function, given)
         assert gradgradcheck(function, given)
 
+    @pytest.mark.parametrize("normalise", NORMALISE)
+    def test_second_derivatives_of_inputs_that_hang_together(self, normalise):
+        # A loss that is not linear, one tensor as key and value, a query made of the key.
+        relation = general("duplicates")
+        q, k, _ = inputs(relation)
+
+        def second(attend):
+            query = q + k.mean()
+            out = attend(query, k, k, relation, normalise=normalise)
+            first = torch.autograd.grad(out.square().sum(), [query, k], create_graph=True)
+            return torch.autograd.grad(sum(x.square().sum() for x in first), [q, k])
+
+        def wanted(query, key, value, relation, normalise):
+            return oracle(query, key, value, relation.edge_index, normalise=normalise)
+
+        for actual, expected in zip(second(self.attend), second(wanted), strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-10)
+
     def test_masked_edges_have_second_derivatives(self):
         relation = Relation.complete([0, 3], [0, 2])
         q, k, v = (torch.randn(n, 1, 2, dtype=torch.float64, requires_grad=True) for n in (2, 3, 3))

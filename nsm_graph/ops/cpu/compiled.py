@@ -1,14 +1,17 @@
-"""Numba's compiler with a disk cache, and a word about it when it had to compile."""
+"""Numba's compiler with a disk cache, and a word about it when it takes long."""
 
 from __future__ import annotations
 
+import hashlib
 import logging
-import time
+import threading
 from collections.abc import Callable
 from functools import update_wrapper
+from pathlib import Path
 from typing import Any
 
 import numba
+import numpy as np
 
 logger = logging.getLogger("nsm_graph")
 
@@ -19,28 +22,49 @@ OPTIONS: dict[str, Any] = {
     "fastmath": {"reassoc", "contract", "arcp", "nsz"},
 }
 
+#: Loading from disk takes less; whoever waits longer waits for the compiler.
+PATIENCE = 2.0
+
+
+def _digest() -> str:
+    """Of all that kernels are made of beside their own file, which is all that Numba looks at."""
+    sources = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:12]
+
 
 class Kernel:
     """A compiled function: once for each combination of argument types, kept on disk.
 
-    Where no folder for it can be written, every process compiles anew. Whoever waited for the
+    Where no folder for it can be written, every process compiles anew. Whoever waits for the
     compiler reads why, in the log named ``nsm_graph``.
     """
 
     def __init__(self, function: Callable[..., None]) -> None:
         update_wrapper(self, function)
+        self.name = function.__name__
+        function.__qualname__ = f"{self.name}_{_digest()}"  # names the file on disk
         try:
             self._compiled = numba.njit(cache=True, **OPTIONS)(function)
+            self._fate = "it is kept on disk"
         except RuntimeError:  # numba found no folder that it can write
             self._compiled = numba.njit(**OPTIONS)(function)
+            self._fate = "no folder to keep it in could be written"
+        self._ready: set[str] = set()
+        self._lock = threading.Lock()
 
     def __call__(self, *arguments: object) -> None:
-        num_known = len(self._compiled.overloads)
-        start = time.perf_counter()
-        self._compiled(*arguments)
-        if len(self._compiled.overloads) > num_known and self._compiled.stats.cache_misses:
-            logger.warning(
-                "compiled %s in %.1f s; later processes find it on disk",
-                self.__name__,  # type: ignore[attr-defined]
-                time.perf_counter() - start,
-            )
+        types = "".join(x.dtype.char for x in arguments if isinstance(x, np.ndarray))
+        if types in self._ready:
+            self._compiled(*arguments)
+            return
+        with self._lock:
+            notice = threading.Timer(PATIENCE, self._say)
+            notice.start()
+            try:
+                self._compiled(*arguments)
+            finally:
+                notice.cancel()
+            self._ready.add(types)
+
+    def _say(self) -> None:
+        logger.warning("compiling %s, once for these types of arguments; %s", self.name, self._fate)

@@ -19,7 +19,15 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from nsm_graph.ops.cpu.compiled import OPTIONS
-from nsm_graph.ops.cpu.vectors import _I32, _INT, _lanes, _load, _mask, _multiply_add, _splat, _store
+from nsm_graph.ops.cpu.vectors import (
+    _INT,
+    _lanes,
+    _load,
+    _mask,
+    _multiply_add,
+    _splat,
+    _store,
+)
 
 _BYTE = ir.IntType(8)
 

@@ -45,9 +45,16 @@ def run_rows(kernel: Callable, ptr: np.ndarray, work_per_edge: int, *arguments: 
 
 def run_all(kernel: Callable, calls: list[tuple]) -> None:
     """Calls a kernel with each tuple of arguments: the first here, the others in threads."""
-    waiting = [_threads().submit(kernel, *arguments) for arguments in calls[1:]]
+    waiting = []
+    try:
+        for arguments in calls[1:]:
+            waiting.append(_threads().submit(kernel, *arguments))
+    except RuntimeError:  # the interpreter is about to end and starts no more threads
+        pass
     try:
         kernel(*calls[0])
+        for arguments in calls[1 + len(waiting) :]:
+            kernel(*arguments)
     finally:
         # Whatever happened here, nobody may write into arrays that are no longer ours.
         for future in waiting:
@@ -69,4 +76,5 @@ def _forget_pool() -> None:
     _pool = None
 
 
-os.register_at_fork(after_in_child=_forget_pool)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_pool)

@@ -123,7 +123,7 @@ def _fold(builder: Any, vector: Any, combine: Any) -> Any:
 
 
 def _exp(builder: Any, x: Any) -> Any:
-    """exp(x) lane by lane; in float32 cut off at -87 and 88, at most two units in the last place off."""
+    """exp(x) lane by lane; in float32 within two units in the last place, cut off at -87 and 88."""
     vector = x.type
     if not isinstance(vector.element, ir.FloatType):
         return _each_lane(builder, "exp", x)
@@ -154,7 +154,8 @@ def _exp(builder: Any, x: Any) -> Any:
     def integer(value: int) -> Any:
         return ir.Constant(whole, [value] * vector.count)
 
-    # Whatever n is where x is NaN, the product is NaN.
+    # NaN has no integer; the product is NaN all the same.
+    n = builder.select(builder.fcmp_ordered("ord", n, n), n, constant(0.0))
     exponent = builder.add(builder.fptosi(n, whole), integer(127))
     return builder.fmul(p, builder.bitcast(builder.shl(exponent, integer(23)), vector))
 
@@ -370,8 +371,8 @@ def _tanh(builder: Any, x: Any) -> Any:
     return builder.fsub(one, builder.fdiv(two, builder.fadd(one, power)))
 
 
-sigmoid = _make_elementwise(_sigmoid, "``x[row, first:first + count]`` through a sigmoid, in place.")
-tanh = _make_elementwise(_tanh, "``x[row, first:first + count]`` through tanh, in place.")
+sigmoid = _make_elementwise(_sigmoid, "Sigmoid of ``x[row, first:first + count]``, in place.")
+tanh = _make_elementwise(_tanh, "tanh of ``x[row, first:first + count]``, in place.")
 
 
 @intrinsic
@@ -448,3 +449,84 @@ def softmax_columns_backward(typing: Any, grad: Any, weights: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(grad, weights), generate
+
+
+@intrinsic
+def transpose(typing: Any, out: Any, x: Any) -> Any:
+    """``out = x'``, by square blocks that are turned in registers."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        v_out, v_x = args
+        element = context.get_data_type(x.dtype)
+        vector = ir.VectorType(element, _lanes(element))
+        size = vector.count
+        num_rows, num_columns = cgutils.unpack_tuple(
+            builder, context.make_array(x)(context, builder, v_x).shape, 2
+        )
+
+        def constant(value: int) -> Any:
+            return ir.Constant(num_rows.type, value)
+
+        def block(kind: Any, array: Any, row: Any, column: Any, mask: Any, bound: Any) -> list:
+            """Addresses and masks of the rows of a block; rows beyond ``bound`` have no lane."""
+            places = []
+            for i in range(size):
+                at = builder.add(row, constant(i))
+                own = mask
+                if bound is not None:
+                    is_there = builder.icmp_signed("<", at, bound)
+                    lanes = ir.VectorType(ir.IntType(1), size)
+                    own = builder.and_(_splat(builder, lanes, is_there), mask)
+                places.append((_address(context, builder, kind, array, at, column), own))
+            return places
+
+        def turn(row: Any, column: Any, row_mask: Any, column_mask: Any) -> None:
+            is_whole = row_mask is None
+            rows = [
+                _load(builder, address, vector, mask)
+                for address, mask in block(
+                    x, v_x, row, column, column_mask, None if is_whole else num_rows
+                )
+            ]
+            half = size // 2
+            while half > 0:
+                low = [i if i & half == 0 else size + i - half for i in range(size)]
+                high = [i + half if i & half == 0 else size + i for i in range(size)]
+                for i in range(size):
+                    if i & half == 0:
+                        a, b = rows[i], rows[i + half]
+                        rows[i], rows[i + half] = (
+                            builder.shuffle_vector(
+                                a, b, ir.Constant(ir.VectorType(_I32, size), lanes)
+                            )
+                            for lanes in (low, high)
+                        )
+                half //= 2
+            targets = block(out, v_out, column, row, row_mask, None if is_whole else num_columns)
+            for value, (address, mask) in zip(rows, targets, strict=True):
+                _store(builder, value, address, mask)
+
+        step = constant(size)
+        with cgutils.for_range(
+            builder, builder.sdiv(_round_up(builder, num_rows, step), step)
+        ) as i:
+            row = builder.mul(i.index, step)
+            whole_rows = builder.icmp_signed("<=", builder.add(row, step), num_rows)
+            num_blocks = builder.sdiv(_round_up(builder, num_columns, step), step)
+            with cgutils.for_range(builder, num_blocks) as j:
+                column = builder.mul(j.index, step)
+                whole_columns = builder.icmp_signed("<=", builder.add(column, step), num_columns)
+                with builder.if_else(builder.and_(whole_rows, whole_columns)) as (whole, rest):
+                    with whole:
+                        turn(row, column, None, None)
+                    with rest:
+                        row_mask = _mask(builder, vector, builder.sub(num_rows, row))
+                        column_mask = _mask(builder, vector, builder.sub(num_columns, column))
+                        turn(row, column, row_mask, column_mask)
+        return context.get_dummy_value()
+
+    return types.void(out, x), generate
+
+
+def _round_up(builder: Any, count: Any, step: Any) -> Any:
+    return builder.add(count, builder.sub(step, ir.Constant(count.type, 1)))

@@ -143,11 +143,13 @@ def _second_derivative(ctx, *grads):  # type: ignore[no-untyped-def]
     normalise = "source" if ctx.by_source else "target"
     with torch.enable_grad():
         given = [grad, q, k, v] if bias is None else [grad, q, k, v, bias]
-        if not is_wanted:
-            given = [x.detach() for x in given]
-        # A bias that every head shares has one gradient for each head here.
-        given = [x if x.requires_grad else x.detach().requires_grad_() for x in given]
+        # Views: what one input makes of another belongs to the caller's graph, not to this one.
+        given = [
+            x.view_as(x) if is_wanted and x.requires_grad else x.detach().requires_grad_()
+            for x in given
+        ]
         relation = _relation_of(CompressedEdges(*edges[:3]), (k.size(0), q.size(0)))
+        # A bias that every head shares has one gradient for each head here.
         each = torch.zeros_like(weights).requires_grad_()
         bias_EH = each if bias is None else each + given[4]
         q, k, v = given[1:4]

@@ -130,6 +130,8 @@ def _check(
             f"num_active adds up to {int(segments.num_active.sum())} groups, but token_ptr has "
             f"{num_groups}"
         )
+    if int(segments.token_ptr[0]) != 0:
+        raise ValueError(f"token_ptr must begin at 0, but begins at {int(segments.token_ptr[0])}")
     if key.size(0) != value.size(0) or int(segments.token_ptr[-1]) != key.size(0):
         raise ValueError(
             f"token_ptr ends at {int(segments.token_ptr[-1])}, but key and value have "
@@ -157,12 +159,13 @@ def _check(
         "qkv_bias": (3 * channels,), "mix": (channels, channels), "mix_bias": (channels,),
         "scale": (channels,), "shift": (channels,),
     }  # fmt: skip
+    has_talk = any(tensor is not None for tensor in weights[8:])
     for (name, size), tensor in zip(sizes.items(), weights, strict=True):
         if tensor is None:
-            if weights.qkv is not None or name in LoopWeights._fields[:8]:
+            if has_talk or name in LoopWeights._fields[:8]:
                 raise ValueError(f"weights.{name} is missing")
-        elif tensor.shape != size or tensor.dtype != states.dtype:
+        elif (tensor.shape, tensor.dtype, tensor.device) != (size, states.dtype, states.device):
             raise ValueError(
-                f"weights.{name} must have shape {size} in {states.dtype}, but has "
-                f"{tuple(tensor.shape)} in {tensor.dtype}"
+                f"weights.{name} must have shape {size} in {states.dtype} on {states.device}, but "
+                f"has {tuple(tensor.shape)} in {tensor.dtype} on {tensor.device}"
             )

@@ -19,7 +19,6 @@ import numpy as np
 from nsm_graph.ops.cpu import vectors
 from nsm_graph.ops.cpu.compiled import OPTIONS, Kernel
 from nsm_graph.ops.cpu.matmul import add_product, affine, multiply
-from nsm_graph.ops.cpu.threads import run_all
 
 Array = Any  # numpy arrays in Python, Numba's in kernels
 
@@ -70,16 +69,9 @@ class Saved(NamedTuple):
 
 
 @numba.njit(**OPTIONS)
-def _transpose(out, x):  # type: ignore[no-untyped-def]
-    for i in range(x.shape[0]):
-        for j in range(x.shape[1]):
-            out[j, i] = x[i, j]
-
-
-@numba.njit(**OPTIONS)
 def _attend(out, weights, query, key, value, turned):  # type: ignore[no-untyped-def]
     """One head of one example: ``out = softmax(query key') value``, weights as [keys, queries]."""
-    _transpose(turned, query)
+    vectors.transpose(turned, query)
     multiply(weights, key, turned)
     vectors.softmax_columns(weights)
     multiply(out, weights.T, value)
@@ -90,7 +82,7 @@ def _attend_backward(  # type: ignore[no-untyped-def]
     d_query, d_key, d_value, d_out, weights, query, key, value, turned, slopes, is_shared
 ):
     """Gradients of the three operands; a key that is the value, too, has the sum of both."""
-    _transpose(turned, d_out)
+    vectors.transpose(turned, d_out)
     multiply(slopes, value, turned)
     vectors.softmax_columns_backward(slopes, weights)
     multiply(d_value, weights, d_out)
@@ -110,14 +102,10 @@ def _read(  # type: ignore[no-untyped-def]
     width = channels // heads
     num_rows = count * num_states
     x = saved.x[row : row + num_rows]
-    state, update, reset_state, new = (
-        x[:, :channels], x[:, channels : 2 * channels],
-        x[:, 2 * channels : 3 * channels], x[:, 3 * channels :],
-    )  # fmt: skip
     query = saved.query[row : row + num_rows]
     attended = saved.attended[row : row + num_rows]
     gates = saved.gates[row : row + num_rows]
-    affine(query, state, w.query, w.query_bias)
+    affine(query, x[:, :channels], w.query, w.query_bias)
     for example in range(count):
         first, end = token_ptr[group + example], token_ptr[group + example + 1]
         mine = slice(example * num_states, (example + 1) * num_states)
@@ -132,22 +120,25 @@ def _read(  # type: ignore[no-untyped-def]
                 key[first:end, columns], value[first:end, columns], turned,
             )  # fmt: skip
     for i in range(num_rows):
+        # Views of one row: what has no other stride than one is what becomes vector code.
+        start, routed_row = x[i, channels : 2 * channels], routed[group * num_states + i]
         for j in range(channels):
-            update[i, j] = routed[group * num_states + i, j] + w.out_bias[j]
-    add_product(update, attended, w.out)
+            start[j] = routed_row[j] + w.out_bias[j]
+    add_product(x[:, channels : 2 * channels], attended, w.out)
 
     affine(gates[:, : 2 * channels], x[:, : 2 * channels], w.gates, w.gates_bias)
     for i in range(num_rows):
         vectors.sigmoid(gates, i, 0, 2 * channels)
-        reset = gates[i, :channels]
+        state, reset, both = x[i, :channels], gates[i, :channels], x[i, 2 * channels : 3 * channels]
         for j in range(channels):
-            reset_state[i, j] = reset[j] * state[i, j]
+            both[j] = reset[j] * state[j]
     affine(gates[:, 2 * channels :], x[:, channels : 3 * channels], w.candidate, w.candidate_bias)
     for i in range(num_rows):
         vectors.tanh(gates, i, 2 * channels, channels)
         mix, candidate = gates[i, channels : 2 * channels], gates[i, 2 * channels :]
+        state, new = x[i, :channels], x[i, 3 * channels :]
         for j in range(channels):
-            new[i, j] = state[i, j] + mix[j] * (candidate[j] - state[i, j])
+            new[j] = state[j] + mix[j] * (candidate[j] - state[j])
 
 
 @numba.njit(**OPTIONS)
@@ -156,10 +147,9 @@ def _talk(w, saved, out, count, num_states, heads, row, turned):  # type: ignore
     channels = out.shape[1]
     width = channels // heads
     num_rows = count * num_states
-    new = saved.x[row : row + num_rows, 3 * channels :]
     qkv = saved.qkv[row : row + num_rows]
     mixed = saved.mixed[row : row + num_rows]
-    affine(qkv, new, w.qkv, w.qkv_bias)
+    affine(qkv, saved.x[row : row + num_rows, 3 * channels :], w.qkv, w.qkv_bias)
     size = num_states * num_states
     place = row * heads * num_states
     for example in range(count):
@@ -174,8 +164,9 @@ def _talk(w, saved, out, count, num_states, heads, row, turned):  # type: ignore
                 qkv[mine, 2 * channels + first : 2 * channels + first + width], turned,
             )  # fmt: skip
     for i in range(num_rows):
+        y, new = out[i], saved.x[row + i, 3 * channels :]
         for j in range(channels):
-            out[i, j] = new[i, j] + w.mix_bias[j]
+            y[j] = new[j] + w.mix_bias[j]
     add_product(out, mixed, w.mix)
     one = out.dtype.type(1)
     share = one / out.dtype.type(channels)
@@ -198,10 +189,12 @@ def _talk(w, saved, out, count, num_states, heads, row, turned):  # type: ignore
 
 
 @numba.njit(**OPTIONS)
-def _add_rows(total, rows):  # type: ignore[no-untyped-def]
+def _add_rows(total, rows, first):  # type: ignore[no-untyped-def]
+    """Adds up the columns of ``rows`` from ``first`` on, as many as ``total`` has."""
     for i in range(rows.shape[0]):
-        for j in range(rows.shape[1]):
-            total[j] += rows[i, j]
+        row = rows[i, first : first + total.shape[0]]
+        for j in range(total.shape[0]):
+            total[j] += row[j]
 
 
 @numba.njit(**OPTIONS)
@@ -251,7 +244,7 @@ def _talk_backward(  # type: ignore[no-untyped-def]
                 qkv[mine, q], qkv[mine, k], qkv[mine, v], turned,
                 slopes[:size].reshape(num_states, num_states), False,
             )  # fmt: skip
-    _add_rows(grads.qkv_bias, d_qkv[:num_rows])
+    _add_rows(grads.qkv_bias, d_qkv[:num_rows], 0)
     add_product(grads.qkv, saved.x[row : row + num_rows, 3 * channels :].T, d_qkv[:num_rows])
     add_product(d_state[:num_rows], d_qkv[:num_rows], t.qkv)
 
@@ -288,18 +281,19 @@ def _read_backward(  # type: ignore[no-untyped-def]
         d_reset, d_both = dg[i, :channels], dx[i, 2 * channels :]
         for j in range(channels):
             d_reset[j] = d_both[j] * state[j] * reset[j] * (one - reset[j])
+        d_before = dx[i, :channels]
         for j in range(channels):
-            d[j] += d_both[j] * reset[j]
-            dx[i, j] = d[j]
-    _add_rows(grads.gates_bias, dg[:, : 2 * channels])
-    _add_rows(grads.candidate_bias, dg[:, 2 * channels :])
+            d_before[j] = d[j] + d_both[j] * reset[j]
+    _add_rows(grads.gates_bias, dg, 0)
+    _add_rows(grads.candidate_bias, dg, 2 * channels)
     add_product(grads.gates, x[:, : 2 * channels].T, dg[:, : 2 * channels])
     add_product(dx[:, : 2 * channels], dg[:, : 2 * channels], t.gates)
     d_update = dx[:, channels : 2 * channels]
     for i in range(num_rows):
+        source, target = dx[i, channels : 2 * channels], d_routed[group * num_states + i]
         for j in range(channels):
-            d_routed[group * num_states + i, j] = d_update[i, j]
-    _add_rows(grads.out_bias, d_update)
+            target[j] = source[j]
+    _add_rows(grads.out_bias, dx, channels)
     add_product(grads.out, attended.T, d_update)
     multiply(d_attended, d_update, t.out)
     for example in range(count):
@@ -317,11 +311,12 @@ def _read_backward(  # type: ignore[no-untyped-def]
                 key[first:end, columns], value[first:end, columns], turned,
                 slopes[:size].reshape(end - first, num_states), is_shared,
             )  # fmt: skip
-    _add_rows(grads.query_bias, d_query)
+    _add_rows(grads.query_bias, d_query, 0)
     add_product(grads.query, x[:, :channels].T, d_query)
     for i in range(num_rows):
+        d, d_before = d_state[i], dx[i, :channels]
         for j in range(channels):
-            d_state[i, j] = dx[i, j]
+            d[j] = d_before[j]
     add_product(d_state[:num_rows], d_query, t.query)
 
 
@@ -337,8 +332,9 @@ def _begin(saved, states, after, segments, step, example, num_rows, num_states, 
     else:
         before = after[(segments.first_group[step - 1] + example) * num_states :]
     for i in range(num_rows):
+        source, target = before[i], saved.x[row + i, :channels]
         for j in range(channels):
-            saved.x[row + i, j] = before[i, j]
+            target[j] = source[j]
 
 
 @Kernel
@@ -379,8 +375,9 @@ def forward_kernel(
                 _talk(w, saved, out, count, num_states, heads, row, turned)
             else:
                 for i in range(rows):
+                    source, target = saved.x[row + i, 3 * channels :], out[i]
                     for j in range(channels):
-                        out[i, j] = saved.x[row + i, 3 * channels + j]
+                        target[j] = source[j]
 
 
 @Kernel
@@ -445,8 +442,9 @@ def backward_kernel(
                 if talks:
                     _talk(w, saved, spare[:rows], count, num_states, heads, row, turned)
             for i in range(rows):
+                total, own = d_state[i], d_after[group * num_states + i]
                 for j in range(channels):
-                    d_state[i, j] += d_after[group * num_states + i, j]
+                    total[j] += own[j]
             if talks:
                 _talk_backward(
                     w, t, saved, grads, d_state, d_qkv, d_mixed, count, num_states, heads, row,

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nsm_graph.ops.cpu.threads import run_all
 from nsm_graph.ops.segment_loop import cpu, reference
 
 if TYPE_CHECKING:
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 STEP_BYTES = 1 << 19
 #: Examples that a thread takes at a time, at most.
 MOST_EXAMPLES = 8
+
+#: What the last backward no longer needed, by sizes; at most one.
+_spare: dict[tuple, cpu.Saved] = {}
 
 
 def segment_loop(
@@ -66,11 +70,13 @@ class _Loop(torch.autograd.Function):
 
 def _through_the_reference(grad, given, segments, heads):  # type: ignore[no-untyped-def]
     """The same gradients in a form that has gradients itself."""
-    states, routed, key, value, *weights = given
     with torch.enable_grad():
+        # Views: what one input makes of another belongs to the caller's graph, not to this one.
+        given = [None if x is None else x.view_as(x) for x in given]
+        states, routed, key, value, *weights = given
         after = reference.segment_loop(
-            states, routed, key, key if value is None else value, *segments,
-            type_of(weights), heads,
+            states, routed, key, key if value is None else value, segments.token_ptr,
+            segments.num_active, type_of(weights), heads,
         )  # fmt: skip
         wanted = [x for x in given if x is not None and x.requires_grad]
         found = iter(torch.autograd.grad(after, wanted, grad, create_graph=True, allow_unused=True))
@@ -101,14 +107,7 @@ class _Run:
         self.weights = _turn(weights, heads)
         self.has_talk = weights[8] is not None
         self.chunks = self._share()
-        num_groups, num_tokens = len(self.segments.token_ptr) - 1, self.key.shape[0]
-        if is_kept:
-            saved = self._make_saved(num_groups, num_tokens)
-            self.saved = [saved] * len(self.chunks)
-        else:
-            most = max(int((part[:, 1] - part[:, 0]).max()) for part in self.chunks)
-            longest = int(np.diff(self.segments.token_ptr).max())
-            self.saved = [self._make_saved(most, most * longest) for _ in self.chunks]
+        self.saved: list[cpu.Saved] = []
 
     def _share(self) -> list[np.ndarray]:
         """For each thread, ranges of examples."""
@@ -121,6 +120,77 @@ class _Run:
         ranges = np.stack([first, np.minimum(first + size, num_examples)], axis=1)
         # Examples stand longest first: threads take turns.
         return [ranges[thread::num_threads].copy() for thread in range(num_threads)]
+
+    def forward(self) -> Tensor:
+        self.saved, after = self._read()
+        return after
+
+    def _read(self) -> tuple[list[cpu.Saved], Tensor]:
+        places = self._take()
+        after = torch.empty(self.routed.shape, dtype=torch.from_numpy(self.routed).dtype)
+        calls = [
+            (
+                self.states, self.routed, self.key, self.value, self.segments, self.weights, saved,
+                after.numpy(), self.heads, self.num_states, chunks, self.is_kept,
+            )
+            for saved, chunks in zip(places, self.chunks, strict=True)
+        ]  # fmt: skip
+        run_all(cpu.forward_kernel, calls)
+        return places, after
+
+    def backward(self, grad: Tensor, after: Tensor) -> list[Tensor | None]:
+        # Whoever goes back through a retained graph at the same time must not use these, too.
+        places, self.saved = self.saved, []
+        if not places:  # a second backward
+            places, _ = self._read()
+        turned = cpu.Weights(*(np.ascontiguousarray(x.T) for x in self.weights))
+        grads = [cpu.Weights(*(np.zeros_like(x) for x in self.weights)) for _ in self.chunks]
+        d_states = np.zeros_like(self.states)
+        d_routed, d_key = np.empty_like(self.routed), np.empty_like(self.key)
+        d_value = d_key if self.is_shared else np.empty_like(self.value)
+        d_after = _array(grad)
+        calls = [
+            (
+                d_after, self.states, self.routed, self.key, self.value, self.segments,
+                self.weights, turned, saved, after.numpy(), part, d_states, d_routed, d_key,
+                d_value, self.heads, self.num_states, chunks, self.is_kept, self.is_shared,
+            )
+            for saved, part, chunks in zip(places, grads, self.chunks, strict=True)
+        ]  # fmt: skip
+        run_all(cpu.backward_kernel, calls)
+        self._give_back(places)
+        total = cpu.Weights(*(sum(parts[1:], parts[0]) for parts in zip(*grads, strict=True)))
+        rows = (d_states, d_routed, d_key, None if self.is_shared else d_value)
+        return [
+            *(None if x is None else torch.from_numpy(x) for x in rows),
+            *_turn_back(total, self.heads, self.has_talk),
+        ]
+
+    # Where a step's results are kept
+
+    @property
+    def _num_places(self) -> tuple[int, int]:
+        """Groups and tokens that there must be room for."""
+        if self.is_kept:
+            return len(self.segments.token_ptr) - 1, self.key.shape[0]
+        most = max(int((part[:, 1] - part[:, 0]).max()) for part in self.chunks)
+        return most, most * int(np.diff(self.segments.token_ptr).max())
+
+    def _take(self) -> list[cpu.Saved]:
+        if not self.is_kept:
+            return [self._make_saved(*self._num_places) for _ in self.chunks]
+        # New memory costs a page fault every 4 KiB, a tenth of a step: the last one serves again.
+        saved = _spare.pop(self._key(), None) or self._make_saved(*self._num_places)
+        return [saved] * len(self.chunks)
+
+    def _give_back(self, places: list[cpu.Saved]) -> None:
+        if self.is_kept:
+            _spare.clear()
+            _spare[self._key()] = places[0]
+
+    def _key(self) -> tuple:
+        sizes = self.states.shape[1], self.num_states, self.heads, self.has_talk
+        return *self._num_places, *sizes, self.states.dtype
 
     def _make_saved(self, num_groups: int, num_tokens: int) -> cpu.Saved:
         rows, channels = num_groups * self.num_states, self.states.shape[1]
@@ -143,40 +213,6 @@ class _Run:
             inverse=empty(talk_rows),
         )
 
-    def forward(self) -> Tensor:
-        after = torch.empty(self.routed.shape, dtype=torch.from_numpy(self.routed).dtype)
-        calls = [
-            (
-                self.states, self.routed, self.key, self.value, self.segments, self.weights, saved,
-                after.numpy(), self.heads, self.num_states, chunks, self.is_kept,
-            )
-            for saved, chunks in zip(self.saved, self.chunks, strict=True)
-        ]  # fmt: skip
-        cpu.run_all(cpu.forward_kernel, calls)
-        return after
-
-    def backward(self, grad: Tensor, after: Tensor) -> list[Tensor | None]:
-        turned = cpu.Weights(*(np.ascontiguousarray(x.T) for x in self.weights))
-        grads = [cpu.Weights(*(np.zeros_like(x) for x in self.weights)) for _ in self.chunks]
-        d_states = np.zeros_like(self.states)
-        d_routed, d_key = np.empty_like(self.routed), np.empty_like(self.key)
-        d_value = d_key if self.is_shared else np.empty_like(self.value)
-        calls = [
-            (
-                _array(grad), self.states, self.routed, self.key, self.value, self.segments,
-                self.weights, turned, saved, after.numpy(), part, d_states, d_routed, d_key,
-                d_value, self.heads, self.num_states, chunks, self.is_kept, self.is_shared,
-            )
-            for saved, part, chunks in zip(self.saved, grads, self.chunks, strict=True)
-        ]  # fmt: skip
-        cpu.run_all(cpu.backward_kernel, calls)
-        total = cpu.Weights(*(sum(parts[1:], parts[0]) for parts in zip(*grads, strict=True)))
-        rows = (d_states, d_routed, d_key, None if self.is_shared else d_value)
-        return [
-            *(None if x is None else torch.from_numpy(x) for x in rows),
-            *_turn_back(total, self.heads, self.has_talk),
-        ]
-
 
 # Parameters ########################################################################
 
@@ -187,29 +223,23 @@ def _array(x: Tensor) -> np.ndarray:
 
 def _turn(weights: Any, heads: int) -> cpu.Weights:
     """The kernel's form: ``[in, out]``, scores scaled, (update, reset state) for the candidate."""
-    (query, query_bias, out, out_bias, gates, gates_bias, candidate, candidate_bias,
-     *talk) = (None if x is None else x.detach() for x in weights)  # fmt: skip
+    query, query_bias, out, out_bias, gates, gates_bias, candidate, candidate_bias = (
+        x.detach() for x in weights[:8]
+    )
     channels = query.size(0)
     factor = (channels // heads) ** -0.5
-    nothing = query.new_empty(0)
-    qkv, qkv_bias, mix, mix_bias, scale, shift = (nothing if x is None else x for x in talk)
-    if talk[0] is not None:
+    reset, update = candidate.split(channels, dim=1)
+    talk = [query.new_empty([0] * dims) for dims in (2, 1, 2, 1, 1, 1)]
+    if weights[8] is not None:
+        qkv, qkv_bias, *rest = (x.detach() for x in weights[8:])
         factors = query.new_ones(3 * channels)
         factors[:channels] = factor
-        qkv, qkv_bias = qkv * factors.unsqueeze(1), qkv_bias * factors
-    else:
-        qkv = mix = query.new_empty(0, 0)
-    reset, update = candidate.split(channels, dim=1)
-    candidate = torch.cat([update, reset], dim=1)
-    return cpu.Weights(
-        *(
-            _array(x.t() if x.dim() == 2 else x)
-            for x in (
-                query * factor, query_bias * factor, out, out_bias, gates, gates_bias, candidate,
-                candidate_bias, qkv, qkv_bias, mix, mix_bias, scale, shift,
-            )
-        )
-    )  # fmt: skip
+        talk = [qkv * factors.unsqueeze(1), qkv_bias * factors, *rest]
+    turned = [
+        query * factor, query_bias * factor, out, out_bias, gates, gates_bias,
+        torch.cat([update, reset], dim=1), candidate_bias, *talk,
+    ]  # fmt: skip
+    return cpu.Weights(*(_array(x.t() if x.dim() == 2 else x) for x in turned))
 
 
 def _turn_back(grads: cpu.Weights, heads: int, has_talk: bool) -> list[Tensor | None]:

@@ -33,6 +33,8 @@ def segment_loop(
     after = []
     group = 0
     for count in num_active.tolist():
+        if count == 0:
+            break
         counts = token_ptr[group : group + count + 1].diff()
         first, end = int(token_ptr[group]), int(token_ptr[group + count])
         state = states[: count * num_states]
@@ -49,7 +51,8 @@ def segment_loop(
         states = (1 - mix) * state + mix * candidate
         if w.qkv is not None:
             qkv = F.linear(states, w.qkv, w.qkv_bias).unflatten(0, (count, num_states))
-            talk = _attend(*qkv.chunk(3, dim=-1), heads, None).flatten(0, 1)
+            query, keys, values = qkv.chunk(3, dim=-1)
+            talk = _attend(query, keys, values, heads, None).flatten(0, 1)
             assert w.mix is not None
             states = states + F.linear(talk, w.mix, w.mix_bias)
             states = F.layer_norm(states, states.shape[1:], w.scale, w.shift)

@@ -33,6 +33,31 @@ def softmax(scores, first, count):
     vectors.softmax(scores, first, count)
 
 
+@numba.njit
+def sigmoid(x, row, first, count):
+    vectors.sigmoid(x, row, first, count)
+
+
+@numba.njit
+def tanh(x, row, first, count):
+    vectors.tanh(x, row, first, count)
+
+
+@numba.njit
+def softmax_columns(x):
+    vectors.softmax_columns(x)
+
+
+@numba.njit
+def softmax_columns_backward(grad, weights):
+    vectors.softmax_columns_backward(grad, weights)
+
+
+@numba.njit
+def transpose(out, x):
+    vectors.transpose(out, x)
+
+
 @pytest.fixture
 def random():
     return np.random.default_rng(0)
@@ -186,3 +211,191 @@ def test_exp_is_accurate(dtype, most):
     weights = softmax_of(scores).astype(np.float64)
     exact = np.exp(scores.astype(np.float64))
     assert (np.abs(weights / weights[0] - exact) <= most * exact).all()
+
+
+# Sigmoid and tanh ##################################################################
+
+ELEMENTWISE = {
+    "sigmoid": (sigmoid, lambda x: 1 / (1 + np.exp(-x.astype(np.float64)))),
+    "tanh": (tanh, lambda x: np.tanh(x.astype(np.float64))),
+}
+elementwise = pytest.mark.parametrize("name", ELEMENTWISE)
+
+
+def applied(name, numbers):
+    """The function of some numbers, with a check that nothing else was written."""
+    function, _ = ELEMENTWISE[name]
+    x = np.full((3, len(numbers) + 40), MARK, numbers.dtype)
+    x[1, 5 : 5 + len(numbers)] = numbers
+    function(x, 1, 5, len(numbers))
+    found = x[1, 5 : 5 + len(numbers)].copy()
+    x[1, 5 : 5 + len(numbers)] = MARK
+    assert (x == MARK).all()
+    return found
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@elementwise
+def test_elementwise_functions(name, dtype, random):
+    for count in range(71):
+        numbers = (3 * random.standard_normal(count)).astype(dtype)
+        error = np.abs(applied(name, numbers) - ELEMENTWISE[name][1](numbers))
+        assert (error <= TOLERANCE[dtype]).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sigmoid_is_accurate_near_zero_too(dtype):
+    numbers = np.linspace(-80, 80, 1 << 16).astype(dtype)
+    exact = ELEMENTWISE["sigmoid"][1](numbers)
+    assert (np.abs(applied("sigmoid", numbers) - exact) <= TOLERANCE[dtype] * exact).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@elementwise
+def test_extreme_numbers_reach_the_ends_and_zero_the_middle(name, dtype):
+    most = np.finfo(dtype).max
+    high, low = (
+        applied(name, sign * np.array([40, 90, 100, 1000, most, np.inf], dtype)) for sign in (1, -1)
+    )
+    assert (high == 1).all()
+    assert (low >= (0 if name == "sigmoid" else -1)).all()
+    assert (low <= (1e-17 if name == "sigmoid" else -1)).all()
+    zeros = applied(name, np.array([0.0, -0.0, np.finfo(dtype).tiny], dtype))
+    assert (zeros == (0.5 if name == "sigmoid" else 0)).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("count", [1, 5, 16, 17, 40])
+@elementwise
+def test_nan_is_nan_and_nothing_else(name, count, dtype, random):
+    numbers = random.standard_normal(count).astype(dtype)
+    for place in range(count):
+        broken = numbers.copy()
+        broken[place] = np.nan
+        found = applied(name, broken)
+        assert (np.isnan(found) == (np.arange(count) == place)).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@elementwise
+@given(data=st.data())
+def test_elementwise_functions_of_any_numbers(name, dtype, data):
+    width = 8 * np.dtype(dtype).itemsize
+    numbers = st.lists(st.floats(width=width, allow_nan=False), max_size=40)
+    numbers = np.array(data.draw(numbers), dtype)
+    with np.errstate(over="ignore"):
+        exact = ELEMENTWISE[name][1](numbers)
+    assert (np.abs(applied(name, numbers) - exact) <= TOLERANCE[dtype]).all()
+
+
+# Softmax down columns ##############################################################
+
+
+def among(x, fill=MARK):
+    """The same matrix as some columns of a wider one, and the wider one."""
+    wide = np.full((x.shape[0] + 2, x.shape[1] + 40), fill, x.dtype)
+    view = wide[1:-1, 7 : 7 + x.shape[1]]
+    view[:] = x
+    return view, wide
+
+
+def untouched(wide, num_columns):
+    around = wide.copy()
+    around[1:-1, 7 : 7 + num_columns] = MARK
+    return (around == MARK).all()
+
+
+def weights_of(scores):
+    powers = np.exp((scores - scores.max(axis=0, initial=-np.inf)).astype(np.float64))
+    return powers / powers.sum(axis=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_rows", [*range(6), 16, 33])
+def test_softmax_columns(num_rows, dtype, random):
+    for num_columns in range(1, 71):
+        for spread in (1, 30):
+            given_scores = (spread * random.standard_normal((num_rows, num_columns))).astype(dtype)
+            for place in (lambda x: (x.copy(), None), among):
+                scores, wide = place(given_scores)
+                softmax_columns(scores)
+                wanted = weights_of(given_scores)
+                assert (np.abs(scores - wanted) <= TOLERANCE[dtype] * wanted + 1e-37).all()
+                assert wide is None or untouched(wide, num_columns)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_rows", [*range(6), 16, 33])
+def test_softmax_columns_backward(num_rows, dtype, random):
+    for num_columns in range(1, 71):
+        shape = (num_rows, num_columns)
+        weights = weights_of(random.standard_normal(shape)).astype(dtype)
+        given_grad = random.standard_normal(shape).astype(dtype)
+        w, g = weights.astype(np.float64), given_grad.astype(np.float64)
+        wanted, size = w * (g - (w * g).sum(0)), w * (np.abs(g) + (w * np.abs(g)).sum(0))
+        for place in (lambda x: (x.copy(), None), among):
+            grad, wide = place(given_grad)
+            softmax_columns_backward(grad, among(weights, np.nan)[0] if wide is None else weights)
+            assert (np.abs(grad - wanted) <= TOLERANCE[dtype] * size).all()
+            assert wide is None or untouched(wide, num_columns)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_row_has_weight_one_and_no_slope(dtype, random):
+    scores = (100 * random.standard_normal((1, 41))).astype(dtype)
+    grad = random.standard_normal((1, 41)).astype(dtype)
+    softmax_columns(scores)
+    assert (scores == 1).all()
+    softmax_columns_backward(grad, scores)
+    assert (grad == 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_columns_of_extreme_scores(dtype):
+    most = np.finfo(dtype).max
+    scores = np.array([[most, 0, -np.inf], [-most, 1000, 0], [most, -1000, 0]], dtype)
+    softmax_columns(scores)
+    wanted = np.array([[0.5, 0, 0], [0, 1, 0.5], [0.5, 0, 0.5]])
+    assert (np.abs(scores - wanted) <= 1e-37).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nan_stays_in_its_column(dtype, random):
+    given_scores = random.standard_normal((5, 41)).astype(dtype)
+    given_grad = random.standard_normal((5, 41)).astype(dtype)
+    for column in range(41):
+        others = np.arange(41) != column
+        scores, grad = given_scores.copy(), given_grad.copy()
+        scores[column % 5, column] = np.nan
+        softmax_columns(scores)
+        wanted = weights_of(given_scores)[:, others]
+        assert np.isnan(scores[:, column]).all()
+        assert (np.abs(scores[:, others] - wanted) <= TOLERANCE[dtype]).all()
+        softmax_columns_backward(grad, scores)
+        assert np.isnan(grad[:, column]).all()
+        assert np.isfinite(grad[:, others]).all()
+
+
+# Transpose #########################################################################
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_rows", [*range(10), 15, 16, 17, 31, 33, 48])
+def test_transpose(num_rows, dtype, random):
+    for num_columns in range(71):
+        x = random.standard_normal((num_rows, num_columns)).astype(dtype)
+        for place in (lambda x: (x.copy(), None), among):
+            out, wide = place(np.full((num_columns, num_rows), np.nan, dtype))
+            source = x if wide is not None else among(x, np.nan)[0]
+            transpose(out, source)
+            assert np.array_equal(out, x.T)
+            assert wide is None or untouched(wide, num_rows)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_transpose_moves_nan_and_infinity_like_numbers(dtype):
+    x = np.arange(35 * 41, dtype=dtype).reshape(35, 41)
+    x[[0, 7, 34], [3, 40, 16]] = np.nan, np.inf, -np.inf
+    out = np.zeros((41, 35), dtype)
+    transpose(out, x)
+    assert np.array_equal(out, x.T, equal_nan=True)
