@@ -351,7 +351,8 @@ def check_size(relation: Relation, size: tuple[int, int]) -> None:
 
 def _compress(group: Tensor, other: Tensor, num_groups: int, num_others: int) -> CompressedEdges:
     perm = torch.argsort(group, stable=True)
-    counts = torch.bincount(group, minlength=num_groups)
+    # Not bincount: a compiler cannot know how long its result is.
+    counts = group.new_zeros(num_groups).index_add(0, group, torch.ones_like(group))
     ptr = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     index = other[perm]
     if max(group.numel(), num_groups, num_others) <= _INT32_MAX:

@@ -156,6 +156,8 @@ class StateMachineCell(nn.Module):
         self.scan = scan
         #: Draws the states to codes after each segment; see :meth:`NeuralStateMachine.fit_snap`.
         self.snap: StateSnap | None = None
+        #: Whether all segments may be read in one kernel; False to see every operation.
+        self.fuse = True
         self.router = self.attention = self.communication = None
         if mix != "attention":
             self.router = TokenToStateRouter(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nsm_graph.models.cell import StateMachineCell
+from nsm_graph.models.cell import SegmentInputs, StateMachineCell
+from nsm_graph.models.fused import read_fused, say_why_not, why_not_fused
 from nsm_graph.models.loop import Trace, read_segments
 from nsm_graph.models.segments import SegmentPlan
 from nsm_graph.models.state import MachineState, Reading, Record
@@ -48,16 +49,26 @@ def read_sequence(
         scan_tokens=scan_tokens,
         scan_reads=scan_reads,
     )
-    inputs = cell.connect(cell.split(hoisted, plan.steps), state.slots)
-    trace = read_segments(
-        cell,
-        _reorder(state.states, plan.example_order, num_states),
-        None if state.cell is None else _reorder(state.cell, plan.example_order, num_states),
-        inputs,
-        bptt_segments=bptt_segments,
-        checkpoint_segments=checkpoint_segments,
-        record=record is not None,
+    states = _reorder(state.states, plan.example_order, num_states)
+    reason = why_not_fused(
+        cell, states, hoisted, record=record is not None, bptt_segments=bptt_segments
     )
+    inputs: list[SegmentInputs] = []
+    if reason is None and plan.steps:
+        trace = read_fused(cell, states, hoisted, plan, keep=checkpoint_segments is None)
+    else:
+        if reason is not None:
+            say_why_not(reason)
+        inputs = cell.connect(cell.split(hoisted, plan.steps), state.slots)
+        trace = read_segments(
+            cell,
+            states,
+            None if state.cell is None else _reorder(state.cell, plan.example_order, num_states),
+            inputs,
+            bptt_segments=bptt_segments,
+            checkpoint_segments=checkpoint_segments,
+            record=record is not None,
+        )
     rank = torch.argsort(plan.example_order)
     num_read = torch.zeros_like(state.num_tokens).index_add(
         0, plan.group_example, plan.relation.sources.ptr.diff()

@@ -160,6 +160,17 @@ def _exp(builder: Any, x: Any) -> Any:
     return builder.fmul(p, builder.bitcast(builder.shl(exponent, integer(23)), vector))
 
 
+def _weight(builder: Any, x: Any) -> Any:
+    """exp(x) of a score below the highest; exactly 0 where it is next to the smallest number.
+
+    Numbers smaller than that cost a hundred times as much to compute with.
+    """
+    vector = x.type
+    least = -87.0 if isinstance(vector.element, ir.FloatType) else -708.0
+    is_nothing = builder.fcmp_ordered("<", x, ir.Constant(vector, [least] * vector.count))
+    return builder.select(is_nothing, ir.Constant(vector, None), _exp(builder, x))
+
+
 def _each_lane(builder: Any, operation: str, x: Any) -> Any:
     kind = ir.FunctionType(x.type, [x.type])
     name = f"llvm.{operation}.{_suffix(x.type)}"
@@ -314,8 +325,7 @@ def softmax(typing: Any, scores: Any, first: Any, count: Any) -> Any:
         def exponentiate(place: Any, mask: Any) -> None:
             address = builder.gep(start, [place])
             x = _load(builder, address, vector)
-            power = _exp(builder, builder.fsub(x, _splat(builder, vector, top)))
-            power = builder.select(builder.fcmp_ordered("==", x, absent), zeros, power)
+            power = _weight(builder, builder.fsub(x, _splat(builder, vector, top)))
             _store(builder, power, address)
             builder.store(add(builder.load(total), power), total)
 
@@ -401,7 +411,7 @@ def softmax_columns(typing: Any, x: Any) -> Any:
             builder.store(zeros, total)
             with cgutils.for_range(builder, num_rows) as loop:
                 value = _load(builder, at(loop.index), vector, mask)
-                power = _exp(builder, builder.fsub(value, builder.load(highest)))
+                power = _weight(builder, builder.fsub(value, builder.load(highest)))
                 _store(builder, power, at(loop.index), mask)
                 builder.store(builder.fadd(builder.load(total), power, flags=_FAST), total)
             one = ir.Constant(vector, [1.0] * vector.count)

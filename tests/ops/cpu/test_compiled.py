@@ -6,6 +6,7 @@ import numba
 import numpy as np
 import pytest
 
+from nsm_graph.ops.cpu import compiled
 from nsm_graph.ops.cpu.compiled import Kernel
 
 
@@ -35,38 +36,52 @@ def run(kernel, dtype=np.float32):
 
 
 def words(caplog):
-    """What was logged, without the time."""
     messages = [record.getMessage() for record in caplog.records if record.name == "nsm_graph"]
     caplog.clear()
-    return [message.split(" in ")[0] for message in messages]
+    return messages
 
 
-def test_the_log_says_once_that_a_kernel_was_compiled(caplog):
+def test_whoever_waits_for_the_compiler_reads_why(monkeypatch, caplog):
+    monkeypatch.setattr(compiled, "PATIENCE", 0.0)
     kernel = Kernel(double)
-    assert words(caplog) == []
     run(kernel)
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
-    assert words(caplog) == ["compiled double"]
-    run(kernel)
+    (message,) = words(caplog)
+    assert message == "compiling double, once for these types of arguments; it is kept on disk"
+
+
+def test_nothing_is_said_of_what_takes_no_time(monkeypatch, caplog):
+    monkeypatch.setattr(compiled, "PATIENCE", 600.0)
+    run(Kernel(double))
     assert words(caplog) == []
 
 
-def test_other_types_are_compiled_when_they_are_met(caplog):
+def test_types_that_are_known_start_no_clock(monkeypatch):
     kernel = Kernel(double)
     run(kernel)
     run(kernel, np.float64)
-    assert words(caplog) == ["compiled double"] * 2
+    monkeypatch.setattr(compiled.threading, "Timer", None)
     run(kernel)
     run(kernel, np.float64)
-    assert words(caplog) == []
+    with pytest.raises(TypeError):
+        run(kernel, np.int64)
 
 
-def test_another_process_finds_the_kernel_on_disk(caplog, tmp_path):
+def test_another_process_finds_the_kernel_on_disk(tmp_path):
     run(Kernel(double))
-    assert words(caplog) == ["compiled double"]
     assert list(tmp_path.rglob("*.nbc"))
-    run(Kernel(double))  # knows as little as another process does
-    assert words(caplog) == []
+    other = Kernel(double)  # knows as little as another process does
+    run(other)
+    assert sum(other._compiled.stats.cache_hits.values()) == 1
+    assert not other._compiled.stats.cache_misses
+
+
+def test_the_file_on_disk_depends_on_all_that_kernels_are_made_of(monkeypatch):
+    run(Kernel(double))
+    monkeypatch.setattr(compiled, "_digest", lambda: "changed")
+    changed = Kernel(double)
+    run(changed)
+    assert not changed._compiled.stats.cache_hits
 
 
 def test_without_a_folder_that_can_be_written_a_kernel_works_all_the_same(
@@ -80,11 +95,11 @@ def test_without_a_folder_that_can_be_written_a_kernel_works_all_the_same(
         return compiler(*arguments, **options)
 
     monkeypatch.setattr(numba, "njit", njit)
+    monkeypatch.setattr(compiled, "PATIENCE", 0.0)
     kernel = Kernel(double)
     run(kernel)
-    assert words(caplog) == ["compiled double"]
-    run(kernel)
-    assert words(caplog) == []
+    (message,) = words(caplog)
+    assert "no folder to keep it in could be written" in message
     assert not list(tmp_path.rglob("*.nbc"))
 
 

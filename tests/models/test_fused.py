@@ -1,0 +1,475 @@
+"""The machine with its loop in one kernel: the numbers of the loop step by step, or that loop."""
+
+import contextlib
+import logging
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from small_machines import COUNTS, SIZES, make_machine, run
+from torch import nn
+from torch.nn.utils import parametrizations
+
+from nsm_graph import NeuralStateMachine, topology
+from nsm_graph.bench.record import peak_mib
+from nsm_graph.models import fused, sequence
+from nsm_graph.nn import (
+    HybridAttention,
+    SegmentScan,
+    StateCommunication,
+    StatePropagator,
+    StateSnap,
+)
+from nsm_graph.testing import assert_close_to_norm
+
+
+@contextlib.contextmanager
+def step_by_step():
+    """Every loop goes step by step."""
+    with (
+        mock.patch.object(sequence, "why_not_fused", return_value="asked for"),
+        mock.patch.object(sequence, "say_why_not"),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def in_one_kernel():
+    """Fails unless every loop ran in one kernel."""
+    with (
+        mock.patch.object(sequence, "read_fused", wraps=fused.read_fused) as kernel,
+        mock.patch.object(sequence, "read_segments") as loop,
+    ):
+        yield
+    assert kernel.called and not loop.called
+
+
+@contextlib.contextmanager
+def reasons():
+    """What :func:`why_not_fused` answers; only where it is a reason may the loop be used."""
+    found = []
+
+    def ask(*args, **options):
+        found.append(fused.why_not_fused(*args, **options))
+        return found[-1]
+
+    with (
+        mock.patch.object(sequence, "why_not_fused", ask),
+        mock.patch.object(sequence, "read_fused", wraps=fused.read_fused) as kernel,
+        mock.patch.object(sequence, "read_segments", wraps=sequence.read_segments) as loop,
+    ):
+        yield found
+    assert kernel.call_count == found.count(None)
+    assert loop.call_count == len(found) - found.count(None)
+
+
+def both_ways(function):
+    """Results of a function whose loops run in one kernel, and of the same step by step."""
+    with in_one_kernel():
+        actual = function()
+    with step_by_step():
+        return actual, function()
+
+
+def results(machine, x, counts, **options):
+    """Everything that a call and its backward give, by name."""
+    x = x.clone().requires_grad_()
+    machine.zero_grad()
+    result = run(machine, x, counts, **options)
+    found = {"out": result.out, "states": result.state.states}
+    if result.tokens is not None:
+        found["tokens"] = result.tokens
+    # The state that is carried on has gradients, too.
+    direction = torch.cos(torch.arange(result.out.numel())).view_as(result.out)
+    loss = (result.out * direction).sum() + 0.1 * result.state.states.square().sum()
+    loss.backward()
+    grads = {name: p.grad for name, p in machine.named_parameters() if p.grad is not None}
+    return {name: x.detach() for name, x in found.items()}, {"x": x.grad} | grads
+
+
+def assert_same(actual, expected):
+    for name, wanted in expected[0].items():
+        assert_close_to_norm(actual[0][name], wanted, 1e-5, name)
+    assert actual[0].keys() == expected[0].keys() and actual[1].keys() == expected[1].keys()
+    # What cancels to nothing, as the slope of a score may, is held to all the others.
+    whole = torch.cat([x.flatten() for x in expected[1].values()]).norm()
+    for name, wanted in expected[1].items():
+        assert (actual[1][name] - wanted).norm() <= 1e-5 * max(wanted.norm(), 1e-2 * whole), name
+
+
+def assert_both_ways_agree(machine, counts=(5, 0, 7, 2), **options):
+    x = torch.randn(sum(counts), 3)
+    assert_same(*both_ways(lambda: results(machine, x, list(counts), **options)))
+
+
+@st.composite
+def fused_options(draw):
+    """Machines that read in one kernel."""
+    head = draw(st.sampled_from(["example", "token", "next_token"]))
+    pools = ["mean", "flatten", "attention"]
+    return {
+        "head": head,
+        "pool": draw(st.sampled_from(pools)) if head == "example" else "mean",
+        "heads": draw(st.sampled_from([1, 2])),
+        "position": draw(st.sampled_from(["learned", "sinusoidal", "rotary", None])),
+        "communication": draw(st.sampled_from([topology.complete(), None])),
+        "separate_values": draw(st.booleans()),
+        "routing_reduce": draw(st.sampled_from(["sum", "mean"])),
+        "segment_length": draw(st.sampled_from([1, 2, 3, 5])),
+        "checkpoint_segments": draw(st.sampled_from([None, None, 1, "sqrt"])),
+    }
+
+
+# The same numbers ##################################################################
+
+
+@given(counts=COUNTS, options=fused_options(), seed=st.integers(0, 999))
+def test_in_one_kernel_equals_step_by_step(counts, options, seed):
+    assert_both_ways_agree(make_machine(seed, **options), counts)
+
+
+@pytest.mark.parametrize("checkpoint_segments", [None, 2])
+@pytest.mark.parametrize("head", ["example", "token", "next_token"])
+def test_a_machine_of_usual_size(head, checkpoint_segments):
+    options = {"state_channels": 32, "num_states": 16, "heads": 4, "segment_length": 16}
+    machine = make_machine(head=head, checkpoint_segments=checkpoint_segments, **options)
+    assert_both_ways_agree(machine, (50, 0, 33, 64, 1))
+
+
+@given(
+    options=fused_options(),
+    pieces=st.lists(st.lists(st.integers(0, 7), min_size=2, max_size=2), min_size=2, max_size=3),
+    seed=st.integers(0, 999),
+)
+def test_a_stream_equals_the_stream_step_by_step(options, pieces, seed):
+    pieces = [counts for counts in pieces if sum(counts) > 0] or [[3, 0]]
+    machine = make_machine(seed, **options)
+    x = [torch.randn(sum(counts), 3) for counts in pieces]
+
+    def read():
+        state, machine_grads = None, []
+        machine.zero_grad()
+        for part, counts in zip(x, pieces, strict=True):
+            result = run(machine, part, counts, state=state)
+            state = result.state
+            machine_grads.append(result.out)
+        sum(out.square().sum() for out in machine_grads).backward()
+        found = {f"out {i}": out.detach() for i, out in enumerate(machine_grads)}
+        grads = {name: p.grad for name, p in machine.named_parameters() if p.grad is not None}
+        return found | {"states": state.states.detach()}, grads
+
+    assert_same(*both_ways(read))
+
+
+@pytest.mark.parametrize("checkpoint_segments", [None, 1])
+def test_after_edits_of_the_node_set(checkpoint_segments):
+    machine = make_machine(max_states=5, checkpoint_segments=checkpoint_segments)
+    assert_both_ways_agree(machine)
+    state = run(machine, torch.randn(8, 3), [5, 3]).state.detach()
+    manager = machine.manager
+    for change, num_states in (
+        (lambda: manager.allocate(2), 5),
+        (lambda: manager.prune(lowest=3), 2),
+    ):
+        state = state.edit(change(), manager).detach()
+        assert state.states.size(0) == 2 * num_states
+        assert_both_ways_agree(machine)
+        assert_both_ways_agree(machine, (4, 2), state=state)
+
+
+def test_dropout_and_importance_in_training():
+    machine = make_machine(dropout=0.5).train()
+    x, averages = torch.randn(14, 3), []
+
+    def step():
+        machine.manager.importance_ema.fill_(0.5)
+        torch.manual_seed(7)
+        found = results(machine, x, [5, 0, 7, 2])
+        averages.append(machine.manager.importance_ema.clone())
+        return found
+
+    assert_same(*both_ways(step))
+    assert torch.equal(*averages)
+
+
+def test_second_derivatives_are_those_of_float64():
+    grads = []
+    for dtype in (torch.float32, torch.float64):
+        machine, x = make_machine(dtype=dtype), torch.randn(7, 3).to(dtype).requires_grad_()
+        torch.manual_seed(0)
+        (slope,) = torch.autograd.grad(machine(x).square().sum(), x, create_graph=True)
+        slope.square().sum().backward()
+        grads.append(torch.cat([p.grad.flatten() for p in machine.parameters()]))
+    assert_close_to_norm(*grads, 1e-4)
+
+
+def test_frozen_parts():
+    machine = make_machine()
+    for part in (machine.cell.communication, machine.cell.attention.lin_query, machine.manager):
+        part.requires_grad_(False)
+    assert_both_ways_agree(machine)
+    machine.requires_grad_(False)
+    with in_one_kernel(), torch.no_grad():
+        assert not run(machine, torch.randn(5, 3), [5]).out.requires_grad
+
+
+def test_batches_of_other_sizes_follow_each_other():
+    machine = make_machine()
+    for counts in ((5, 7), (1,), (0, 12, 3), (5, 7), (2, 2, 2, 2)):
+        assert_both_ways_agree(machine, counts)
+
+
+def test_checkpointing_keeps_less():
+    options = {"state_channels": 64, "num_states": 32, "segment_length": 16}
+    peaks = []
+    for checkpoint_segments in (None, "sqrt"):
+        machine = make_machine(checkpoint_segments=checkpoint_segments, **options)
+        x = torch.randn(3200, 3)
+        machine(x[:64])  # whatever is made once
+        with in_one_kernel():
+            peaks.append(peak_mib(lambda machine=machine, x=x: machine(x)))
+    if None in peaks:
+        pytest.skip("this system does not tell")
+    assert peaks[1] < 0.5 * peaks[0]
+
+
+# When not ##########################################################################
+
+
+def reason_of(machine, counts=(5, 0, 7), **options):
+    """Why the machine does not read in one kernel; None where it does."""
+    x = torch.randn(sum(counts), 3, dtype=machine.manager.bank.dtype)
+    with reasons() as found:
+        run(machine, x, list(counts), **options)
+    (reason,) = found
+    return reason
+
+
+class OwnAttention(HybridAttention):
+    pass
+
+
+class OwnPropagator(StatePropagator):
+    pass
+
+
+class OwnCommunication(StateCommunication):
+    pass
+
+
+class Doubled(nn.Linear):
+    """As adapters do: a layer that has a weight, and does more than multiply with it."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_nothing_speaks_against_the_documented_cell():
+    assert reason_of(make_machine()) is None
+    assert reason_of(make_machine(communication=None)) is None
+    assert reason_of(make_machine(checkpoint_segments=2)) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": torch.float64}, "torch.float64 asks for the reference"),
+        ({"scan": SegmentScan(8, 8, 3, 2), "state_channels": 8}, "a scan or a snap acts"),
+        ({"mix": "bias"}, "attention has a bias"),
+        ({"mix": "attention"}, "routing and attention are not added"),
+        ({"mix": "routing"}, "routing and attention are not added"),
+        ({"position": "relative"}, "attention has a bias"),
+        ({"top_k": 1}, "not every token has an edge"),
+        ({"top_k": 2}, "not every token has an edge"),
+        ({"cell": "lstm"}, "LSTM"),
+        ({"communication": topology.ring()}, "states talk along ring"),
+        ({"communication": topology.complete() - topology.self_loops()}, "states talk along"),
+        ({"communication": topology.knn(2)}, "states talk along"),
+        ({"bptt_segments": 2}, "the history is cut"),
+    ],
+    ids=lambda given: "-".join(given) if isinstance(given, dict) else "",
+)
+def test_options_that_go_step_by_step(options, message):
+    assert message in reason_of(make_machine(**options))
+
+
+def test_calls_that_go_step_by_step():
+    machine = make_machine()
+    assert "steps are recorded" in reason_of(machine, record=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert "autocast" in reason_of(machine)
+    assert reason_of(machine) is None
+
+
+def test_other_devices_and_a_snap_go_step_by_step():
+    machine = make_machine()
+    with mock.patch.object(sequence, "why_not_fused", wraps=fused.why_not_fused) as ask:
+        run(machine, torch.randn(5, 3), [5])
+    cell, states, hoisted = ask.call_args.args
+    assert fused.why_not_fused(cell, states, hoisted) is None
+    assert "no kernel for meta" in fused.why_not_fused(cell, states.to("meta"), hoisted)
+    cell.snap = StateSnap(torch.randn(2, 3, 4))
+    assert "a scan or a snap acts" in fused.why_not_fused(cell, states, hoisted)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_cell_stays_compiled():
+    machine = make_machine()
+    machine.cell.compile(backend="eager", dynamic=True)
+    assert "compiled" in reason_of(machine)
+    torch._dynamo.reset()
+
+
+def parts_of(cell):
+    return {
+        "cell": cell,
+        "propagator": cell.propagator,
+        "gates": cell.propagator.lin_gates,
+        "candidate": cell.propagator.lin_candidate,
+        "query": cell.attention.lin_query,
+        "attention's output": cell.attention.lin_out,
+        "communication": cell.communication,
+        "its projection": cell.communication.lin_qkv,
+        "its norm": cell.communication.norm,
+    }
+
+
+@pytest.mark.parametrize("name", parts_of(make_machine().cell))
+def test_hooks_are_called_as_often_as_there_are_steps(name):
+    machine, calls = make_machine(), []
+    part = parts_of(machine.cell)[name]
+    for register in (
+        part.register_forward_pre_hook,
+        part.register_forward_hook,
+        part.register_full_backward_hook,
+    ):
+        handle = register(lambda *given: calls.append(given[0]))
+        calls.clear()
+        with reasons() as found:
+            run(machine, torch.randn(8, 3), [8]).out.sum().backward()
+        assert "hook" in found[0]
+        assert calls == [part] * 3  # eight tokens in segments of three
+        handle.remove()
+    assert reason_of(machine) is None
+
+
+@pytest.mark.parametrize("layer", ["attention", "communication"])
+def test_hooks_on_messages_are_called(layer):
+    machine, calls = make_machine(), []
+    part = getattr(machine.cell, layer)
+    for stage in ("propagate", "message", "aggregate"):
+        for when in ("forward_pre_hook", "forward_hook"):
+            register = getattr(part, f"register_{stage}_{when}")
+            handle = register(lambda *given: calls.append(given[0]))
+            calls.clear()
+            assert "hook" in reason_of(machine, (8,))
+            assert calls == [part] * 3
+            handle.remove()
+    assert reason_of(machine) is None
+
+
+def test_hooks_that_see_no_call_change_nothing():
+    machine = make_machine()
+    machine.cell.register_state_dict_post_hook(lambda *given: None)
+    machine.cell.propagator.register_load_state_dict_post_hook(lambda *given: None)
+    machine.register_forward_hook(lambda *given: None)
+    machine.head.register_forward_hook(lambda *given: None)
+    assert reason_of(machine) is None
+
+
+REPLACED = {
+    "attention": lambda cell: setattr(cell, "attention", OwnAttention((4, 4), 2)),
+    "propagator": lambda cell: setattr(cell, "propagator", OwnPropagator(4)),
+    "communication": lambda cell: setattr(cell, "communication", OwnCommunication(4, 2)),
+    "epsilon": lambda cell: setattr(cell.communication.norm, "eps", 1e-2),
+    "norm without parameters": lambda cell: setattr(
+        cell.communication, "norm", nn.LayerNorm(4, elementwise_affine=False)
+    ),
+    "norm of another kind": lambda cell: setattr(cell.communication, "norm", nn.RMSNorm(4)),
+    "query": lambda cell: setattr(cell.attention, "lin_query", Doubled(4, 4)),
+    "gates": lambda cell: setattr(cell.propagator, "lin_gates", Doubled(8, 8)),
+    "projection": lambda cell: setattr(cell.communication, "lin_qkv", Doubled(4, 12)),
+    "no bias": lambda cell: setattr(cell.attention, "lin_query", nn.Linear(4, 4, bias=False)),
+    "other heads": lambda cell: setattr(cell, "communication", StateCommunication(4, 1)),
+    "a function": lambda cell: setattr(
+        cell.propagator, "forward", lambda *given, **options: StatePropagator.forward(
+            cell.propagator, -given[0], *given[1:], **options
+        )
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REPLACED)
+def test_a_part_that_was_replaced_is_the_one_that_acts(name):
+    machine = make_machine()
+    REPLACED[name](machine.cell)
+    with reasons():
+        actual = results(machine, x := torch.randn(14, 3), [5, 0, 7, 2])
+    with step_by_step():
+        assert_same(actual, results(machine, x, [5, 0, 7, 2]))
+
+
+def test_parametrised_weights_are_the_ones_that_act():
+    machine = make_machine()
+    for linear in (machine.cell.propagator.lin_gates, machine.cell.attention.lin_query):
+        parametrizations.weight_norm(linear)
+    with reasons():
+        actual = results(machine, x := torch.randn(14, 3), [5, 0, 7, 2])
+    with step_by_step():
+        assert_same(actual, results(machine, x, [5, 0, 7, 2]))
+
+
+def test_function_transforms():
+    machine, x = make_machine(), torch.randn(7, 3)
+    weights = {name: p.detach() for name, p in machine.named_parameters()}
+
+    def loss(weights):
+        return torch.func.functional_call(machine, weights, (x,)).square().sum()
+
+    found = torch.func.grad(loss)(weights)
+    machine(x).square().sum().backward()
+    for name, parameter in machine.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-4, atol=1e-5)
+
+
+# What the log says #################################################################
+
+
+def test_the_reason_is_logged_once_for_each(caplog, monkeypatch):
+    monkeypatch.setattr(fused, "_said", set())
+    caplog.set_level(logging.INFO, logger="nsm_graph")
+
+    def messages():
+        return [
+            (record.levelname, record.getMessage())
+            for record in caplog.records
+            if "step by step" in record.getMessage()
+        ]
+
+    reason_of(make_machine())
+    assert messages() == []
+    for _ in range(2):
+        reason = reason_of(make_machine(cell="lstm"))
+    assert messages() == [("INFO", messages()[0][1])]
+    assert messages()[0][1].endswith(reason)
+    reason_of(make_machine(top_k=1))
+    reason_of(make_machine(cell="lstm", seed=1))
+    assert len(messages()) == 2
+
+
+def test_nothing_to_read_takes_the_loop_and_needs_no_reason(caplog):
+    caplog.set_level(logging.INFO, logger="nsm_graph")
+    machine = make_machine()
+    state = machine.run(torch.randn(6, 3)).state
+    idle = machine.run(torch.zeros(0, 3), state=state)
+    assert torch.equal(idle.state.states, state.states)
+    assert not [record for record in caplog.records if "step by step" in record.getMessage()]
+
+
+def test_graphs_are_not_asked():
+    machine = NeuralStateMachine(**(SIZES | {"segment_length": None, "heads": 2}))
+    with mock.patch.object(sequence, "why_not_fused") as ask:
+        machine(torch.randn(5, 3))
+    assert not ask.called
