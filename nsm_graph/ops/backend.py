@@ -54,7 +54,7 @@ def explain(relation: Relation, dtype: torch.dtype = torch.float32) -> BackendCh
         'dense'
     """
     name, reason = choose_backend(relation, dtype)
-    if relation.is_complete and "ragged" in reason:
+    if reason.startswith("complete and ragged"):
         reason += f" ({relation.fill:.0%} full)"
     return BackendChoice(name, reason)
 

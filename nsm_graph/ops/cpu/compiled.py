@@ -6,7 +6,7 @@ import hashlib
 import logging
 import threading
 from collections.abc import Callable
-from functools import update_wrapper
+from functools import cache, update_wrapper
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ OPTIONS: dict[str, Any] = {
 PATIENCE = 2.0
 
 
+@cache
 def _digest() -> str:
     """Of all that kernels are made of beside their own file, which is all that Numba looks at."""
     sources = sorted(Path(__file__).parent.glob("*.py"))

@@ -18,16 +18,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from nsm_graph.ops.cpu import llvm
 from nsm_graph.ops.cpu.compiled import OPTIONS
-from nsm_graph.ops.cpu.vectors import (
-    _INT,
-    _lanes,
-    _load,
-    _mask,
-    _multiply_add,
-    _splat,
-    _store,
-)
 
 _BYTE = ir.IntType(8)
 
@@ -48,7 +40,7 @@ def _make_tile(rows: int, start: str) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             v_out, v_row, v_column, v_width, v_a, v_b, v_initial = args
             element = context.get_data_type(out.dtype)
-            vector = ir.VectorType(element, _lanes(element))
+            vector = ir.VectorType(element, llvm.lanes(element))
             size = 4 if isinstance(element, ir.FloatType) else 8
 
             def constant(value: int) -> Any:
@@ -77,7 +69,9 @@ def _make_tile(rows: int, start: str) -> Any:
             def product(num_vectors: int, mask: Any) -> None:
                 def columns(pointer: Any) -> list:
                     return [
-                        _load(builder, builder.gep(number(pointer), [constant(j)]), vector, mask)
+                        llvm.load(
+                            builder, builder.gep(number(pointer), [constant(j)]), vector, mask
+                        )
                         for j in range(0, num_vectors * vector.count, vector.count)
                     ]
 
@@ -99,13 +93,13 @@ def _make_tile(rows: int, start: str) -> Any:
                     along = builder.mul(loop.index, a_column)
                     for totals, left in zip(sums, lefts, strict=True):
                         x = number(builder.gep(left, [along], source_etype=_BYTE))
-                        x = _splat(builder, vector, builder.load(x, align=size))
+                        x = llvm.splat(builder, vector, builder.load(x, align=size))
                         for total, right in zip(totals, rights, strict=True):
-                            _multiply_add(builder, total, x, right)
+                            llvm.multiply_add(builder, total, x, right)
                 for totals, place in zip(sums, outs, strict=True):
                     for j, total in enumerate(totals):
                         target = builder.gep(number(place), [constant(j * vector.count)])
-                        _store(builder, builder.load(total), target, mask)
+                        llvm.store(builder, builder.load(total), target, mask)
 
             def at_least(num_vectors: int) -> Any:
                 return builder.icmp_signed(">=", v_width, constant(num_vectors * vector.count))
@@ -117,10 +111,10 @@ def _make_tile(rows: int, start: str) -> Any:
                     with is_whole:
                         product(1, None)
                     with is_rest:
-                        product(1, _mask(builder, vector, v_width))
+                        product(1, llvm.mask(builder, vector, v_width))
             return context.get_dummy_value()
 
-        return types.void(out, _INT, _INT, _INT, a, b, initial), generate
+        return types.void(out, llvm.INT, llvm.INT, llvm.INT, a, b, initial), generate
 
     return tile
 

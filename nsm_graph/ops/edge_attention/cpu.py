@@ -13,16 +13,34 @@ from __future__ import annotations
 
 from typing import Any
 
+import numba
 import numpy as np
 import torch
 from torch import Tensor
 
 from nsm_graph.ops.cpu import vectors
-from nsm_graph.ops.cpu.compiled import Kernel
+from nsm_graph.ops.cpu.compiled import OPTIONS, Kernel
 from nsm_graph.ops.cpu.threads import run_rows
 from nsm_graph.relation import CompressedEdges
 
 Array = Any  # numpy arrays in Python, Numba's in kernels
+
+
+@numba.njit(**OPTIONS)
+def _scratch(like, ptr, first, end):  # type: ignore[no-untyped-def]
+    """Room for one number per edge of any row, in whole vectors."""
+    most = 0
+    for g in range(first, end):
+        most = max(most, ptr[g + 1] - ptr[g])
+    return np.empty(most + vectors.LANES, like.dtype)
+
+
+@numba.njit(**OPTIONS)
+def _products(out, own_GHD, g, h, other_XHD, index, start, count):  # type: ignore[no-untyped-def]
+    """``own . other`` for the edges of one row and head."""
+    for p in range(0, count, vectors.DOTS):
+        last = start + count - 1
+        vectors.dots(out, p, own_GHD, g, h, other_XHD, index, start + p, last)
 
 
 @Kernel
@@ -41,16 +59,11 @@ def softmax_kernel(
     """Softmax of ``scale * own . other + bias`` over the edges of each row."""
     factor = own_GHD.dtype.type(scale)
     has_bias = bias_EH.shape[0] > 0
-    most = 0
-    for g in range(first, end):
-        most = max(most, ptr[g + 1] - ptr[g])
-    scores = np.empty(most + vectors.LANES, own_GHD.dtype)
+    scores = _scratch(own_GHD, ptr, first, end)
     for g in range(first, end):
         start, count = ptr[g], ptr[g + 1] - ptr[g]
         for h in range(own_GHD.shape[1]):
-            for p in range(0, count, vectors.DOTS):
-                at, last = start + p, start + count - 1
-                vectors.dots(scores, p, own_GHD, g, h, other_XHD, index, at, last)
+            _products(scores, own_GHD, g, h, other_XHD, index, start, count)
             column = h if bias_EH.shape[1] > 1 else 0
             for p in range(count):
                 score = scores[p] * factor
@@ -75,16 +88,11 @@ def softmax_backward_kernel(
     end: int,
 ) -> None:
     """Gradient of the scores, where ``own . other`` is the gradient of the weights."""
-    most = 0
-    for g in range(first, end):
-        most = max(most, ptr[g + 1] - ptr[g])
-    terms = np.empty(most + vectors.DOTS, own_GHD.dtype)
+    terms = _scratch(own_GHD, ptr, first, end)
     for g in range(first, end):
         start, count = ptr[g], ptr[g + 1] - ptr[g]
         for h in range(own_GHD.shape[1]):
-            for p in range(0, count, vectors.DOTS):
-                at, last = start + p, start + count - 1
-                vectors.dots(terms, p, own_GHD, g, h, other_XHD, index, at, last)
+            _products(terms, own_GHD, g, h, other_XHD, index, start, count)
             delta = own_GHD.dtype.type(0)
             for p in range(count):
                 delta += weights_EH[perm[start + p], h] * terms[p]
