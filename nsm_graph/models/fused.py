@@ -1,7 +1,7 @@
 """The whole loop over segments as one operation, where the cell is the documented one.
 
-The same numbers as `loop.py`, up to rounding, several times faster. What the operation does not
-know goes step by step, and the log named ``nsm_graph`` says why, once.
+The same numbers as `loop.py`, up to rounding. What the operation does not know goes step by step,
+and the log named ``nsm_graph`` says why, once.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import logging
 
 import torch
 from torch import Tensor, nn
+from torch_geometric.nn import MessagePassing
 from torch_geometric.nn.aggr import SumAggregation as _Aggregation
 from torch_geometric.nn.dense.linear import Linear
 
@@ -17,6 +18,7 @@ from nsm_graph.models.cell import SegmentInputs, StateMachineCell
 from nsm_graph.models.loop import Trace
 from nsm_graph.models.segments import SegmentPlan
 from nsm_graph.nn import HybridAttention, StateCommunication, StatePropagator
+from nsm_graph.nn.edge_attention_layer import is_watched
 from nsm_graph.ops.segment_loop import LoopSegments, LoopWeights, segment_loop
 from nsm_graph.topology.base import Complete
 
@@ -111,6 +113,8 @@ def _weights(cell: StateMachineCell) -> LoopWeights:
     return LoopWeights(*found, *[None] * (14 - len(found)))
 
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
 #: What the cell is made of; a part of another type may do anything.
 _KINDS = (HybridAttention, StatePropagator, StateCommunication, Linear, nn.LayerNorm)
 
@@ -135,9 +139,8 @@ def _is_plain(cell: StateMachineCell) -> bool:
 
 
 def _is_watched(module: nn.Module) -> bool:
-    """Torch's hooks and PyG's, and methods of its own; a state dict's hooks see no call."""
-    return any(
-        (name.endswith("_hooks") and "state_dict" not in name and bool(held))
-        or name in ("forward", "attend")
-        for name, held in vars(module).items()
-    )
+    """Torch's hooks and PyG's, and methods of its own."""
+    held = vars(module)
+    if any(held[hooks] for hooks in _HOOKS) or "forward" in held or "attend" in held:
+        return True
+    return isinstance(module, MessagePassing) and is_watched(module)

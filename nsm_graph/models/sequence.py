@@ -54,11 +54,10 @@ def read_sequence(
         cell, states, hoisted, record=record is not None, bptt_segments=bptt_segments
     )
     inputs: list[SegmentInputs] = []
-    if reason is None and plan.steps:
+    if reason is None:
         trace = read_fused(cell, states, hoisted, plan, keep=checkpoint_segments is None)
     else:
-        if reason is not None:
-            say_why_not(reason)
+        say_why_not(reason)
         inputs = cell.connect(cell.split(hoisted, plan.steps), state.slots)
         trace = read_segments(
             cell,

@@ -7,43 +7,14 @@ stand step by step. `reference.py` is the loop in plain torch, `cpu.py` one kern
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from nsm_graph.ops.segment_loop import reference
+from nsm_graph.ops.segment_loop.inputs import LoopSegments as LoopSegments
+from nsm_graph.ops.segment_loop.inputs import LoopWeights as LoopWeights
 
 BACKENDS = ("cpu", "reference")
-
-
-class LoopWeights(NamedTuple):
-    """What the cell has learned; matrices are ``[out, in]``, as in ``torch.nn.Linear``.
-
-    Without communication the last six are None.
-    """
-
-    query: Tensor  #: [C, C]
-    query_bias: Tensor
-    out: Tensor  #: [C, C], of attention
-    out_bias: Tensor
-    gates: Tensor  #: [2 C, 2 C], reset and update from (state, update)
-    gates_bias: Tensor
-    candidate: Tensor  #: [C, 2 C], from (reset * state, update)
-    candidate_bias: Tensor
-    qkv: Tensor | None  #: [3 C, C], of communication
-    qkv_bias: Tensor | None
-    mix: Tensor | None  #: [C, C], its output
-    mix_bias: Tensor | None
-    scale: Tensor | None  #: [C], of its norm
-    shift: Tensor | None
-
-
-class LoopSegments(NamedTuple):
-    """Which tokens and which examples each step of the loop concerns, int64 on the host."""
-
-    token_ptr: Tensor  #: [groups + 1], groups step by step, examples in order within a step
-    num_active: Tensor  #: [steps], examples that still read: the first ones
 
 
 def segment_loop(
@@ -76,7 +47,7 @@ def segment_loop(
         weights: The cell's.
         heads: H.
         keep: Keep what every step makes for backward; otherwise backward makes it again, step by
-            step: about a tenth of the memory for a sixth more time. (default: :obj:`True`)
+            step: a fraction of the memory, a little more time. (default: :obj:`True`)
         backend: ``"cpu"``, ``"reference"``, or ``None`` for the kernel where tensors are in
             float32 on a CPU. (default: :obj:`None`)
 

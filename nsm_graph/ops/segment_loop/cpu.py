@@ -324,15 +324,30 @@ def _read_backward(  # type: ignore[no-untyped-def]
 
 
 @numba.njit(**OPTIONS)
-def _begin(saved, states, after, segments, step, example, num_rows, num_states, row):  # type: ignore[no-untyped-def]
-    """The states that a step finds."""
+def _step(  # type: ignore[no-untyped-def]
+    out, w, saved, states, after, key, value, routed, segments, step, example, count, num_states,
+    heads, row, token, turned,
+):  # fmt: skip
+    """One step of ``count`` examples: from the states that it finds to those it leaves, ``out``."""
     channels = states.shape[1]
+    num_rows = count * num_states
     if step == 0:
         before = states[example * num_states :]
     else:
         before = after[(segments.first_group[step - 1] + example) * num_states :]
     for i in range(num_rows):
         source, target = before[i], saved.x[row + i, :channels]
+        for j in range(channels):
+            target[j] = source[j]
+    _read(
+        w, saved, key, value, routed, segments.token_ptr, segments.first_group[step] + example,
+        count, num_states, heads, row, token, turned,
+    )  # fmt: skip
+    if w.qkv.shape[0] > 0:
+        _talk(w, saved, out, count, num_states, heads, row, turned)
+        return
+    for i in range(num_rows):
+        source, target = saved.x[row + i, 3 * channels :], out[i]
         for j in range(channels):
             target[j] = source[j]
 
@@ -355,7 +370,6 @@ def forward_kernel(
     """The states after every step, ``after[groups N, C]``, of the chunks of examples named."""
     channels = states.shape[1]
     turned = np.empty((channels // heads, num_states), states.dtype)
-    talks = w.qkv.shape[0] > 0
     for chunk in range(chunks.shape[0]):
         example = chunks[chunk, 0]
         for step in range(segments.num_active.shape[0]):
@@ -365,19 +379,11 @@ def forward_kernel(
             group = segments.first_group[step] + example
             rows = count * num_states
             row, token = (group * num_states, segments.token_ptr[group]) if is_kept else (0, 0)
-            _begin(saved, states, after, segments, step, example, rows, num_states, row)
-            _read(
-                w, saved, key, value, routed, segments.token_ptr, group, count, num_states,
-                heads, row, token, turned,
-            )  # fmt: skip
             out = after[group * num_states : group * num_states + rows]
-            if talks:
-                _talk(w, saved, out, count, num_states, heads, row, turned)
-            else:
-                for i in range(rows):
-                    source, target = saved.x[row + i, 3 * channels :], out[i]
-                    for j in range(channels):
-                        target[j] = source[j]
+            _step(
+                out, w, saved, states, after, key, value, routed, segments, step, example, count,
+                num_states, heads, row, token, turned,
+            )  # fmt: skip
 
 
 @Kernel
@@ -434,13 +440,10 @@ def backward_kernel(
             rows = count * num_states
             row, token = (group * num_states, segments.token_ptr[group]) if is_kept else (0, 0)
             if not is_kept:
-                _begin(saved, states, after, segments, step, example, rows, num_states, row)
-                _read(
-                    w, saved, key, value, routed, segments.token_ptr, group, count, num_states,
-                    heads, row, token, turned,
+                _step(
+                    spare[:rows], w, saved, states, after, key, value, routed, segments, step,
+                    example, count, num_states, heads, row, token, turned,
                 )  # fmt: skip
-                if talks:
-                    _talk(w, saved, spare[:rows], count, num_states, heads, row, turned)
             for i in range(rows):
                 total, own = d_state[i], d_after[group * num_states + i]
                 for j in range(channels):

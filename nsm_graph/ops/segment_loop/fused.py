@@ -7,7 +7,7 @@ undone for the gradients.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,9 +15,7 @@ from torch import Tensor
 
 from nsm_graph.ops.cpu.threads import run_all
 from nsm_graph.ops.segment_loop import cpu, reference
-
-if TYPE_CHECKING:
-    from nsm_graph.ops.segment_loop import LoopSegments, LoopWeights
+from nsm_graph.ops.segment_loop.inputs import LoopSegments, LoopWeights
 
 #: Bytes of one step's activations that a thread works on: they are to stay in its cache.
 STEP_BYTES = 1 << 19
@@ -76,17 +74,11 @@ def _through_the_reference(grad, given, segments, heads):  # type: ignore[no-unt
         states, routed, key, value, *weights = given
         after = reference.segment_loop(
             states, routed, key, key if value is None else value, segments.token_ptr,
-            segments.num_active, type_of(weights), heads,
+            segments.num_active, LoopWeights(*weights), heads,
         )  # fmt: skip
         wanted = [x for x in given if x is not None and x.requires_grad]
         found = iter(torch.autograd.grad(after, wanted, grad, create_graph=True, allow_unused=True))
     return [next(found) if x is not None and x.requires_grad else None for x in given]
-
-
-def type_of(weights: list[Tensor | None]) -> LoopWeights:
-    from nsm_graph.ops.segment_loop import LoopWeights
-
-    return LoopWeights(*weights)  # type: ignore[arg-type]
 
 
 # One call ##########################################################################
@@ -97,6 +89,7 @@ class _Run:
 
     def __init__(self, segments, heads, is_kept, states, routed, key, value, weights) -> None:  # type: ignore[no-untyped-def]
         self.heads, self.is_kept, self.is_shared = heads, is_kept, value is None
+        self.dtype = states.dtype
         self.states, self.routed, self.key = (_array(x) for x in (states, routed, key))
         self.value = self.key if value is None else _array(value)
         num_active = segments.num_active.numpy()
@@ -111,10 +104,10 @@ class _Run:
 
     def _share(self) -> list[np.ndarray]:
         """For each thread, ranges of examples."""
-        channels, dtype = self.states.shape[1], self.states.dtype
+        channels = self.states.shape[1]
         num_examples = int(self.segments.num_active[0])
         num_threads = min(torch.get_num_threads(), num_examples)
-        room = STEP_BYTES // (14 * channels * self.num_states * dtype.itemsize)
+        room = STEP_BYTES // (14 * channels * self.num_states * self.dtype.itemsize)
         size = max(1, min(room, MOST_EXAMPLES, num_examples // num_threads))
         first = np.arange(0, num_examples, size)
         ranges = np.stack([first, np.minimum(first + size, num_examples)], axis=1)
@@ -127,7 +120,7 @@ class _Run:
 
     def _read(self) -> tuple[list[cpu.Saved], Tensor]:
         places = self._take()
-        after = torch.empty(self.routed.shape, dtype=torch.from_numpy(self.routed).dtype)
+        after = torch.empty(self.routed.shape, dtype=self.dtype)
         calls = [
             (
                 self.states, self.routed, self.key, self.value, self.segments, self.weights, saved,
@@ -190,7 +183,7 @@ class _Run:
 
     def _key(self) -> tuple:
         sizes = self.states.shape[1], self.num_states, self.heads, self.has_talk
-        return *self._num_places, *sizes, self.states.dtype
+        return *self._num_places, *sizes, self.dtype
 
     def _make_saved(self, num_groups: int, num_tokens: int) -> cpu.Saved:
         rows, channels = num_groups * self.num_states, self.states.shape[1]
@@ -198,7 +191,7 @@ class _Run:
         weight = self.heads * self.num_states
 
         def empty(*shape: int) -> np.ndarray:
-            return torch.empty(shape, dtype=torch.from_numpy(self.states[:0]).dtype).numpy()
+            return torch.empty(shape, dtype=self.dtype).numpy()
 
         return cpu.Saved(
             x=empty(rows, 4 * channels),

@@ -5,14 +5,11 @@ Legend: B examples of a step, N states, C channels, H heads, D = C / H, L tokens
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from nsm_graph.ops.segment_loop import LoopWeights
+from nsm_graph.ops.segment_loop.inputs import LoopWeights
 
 
 def segment_loop(
