@@ -63,10 +63,11 @@ def test_the_peak_is_the_most_that_a_call_holds_at_once():
     assert peak_mib(lambda: None) < 16
 
     def one_after_the_other():
+        # Above 32 MiB malloc always gives freed memory back; up to there it may keep it.
         for _ in range(3):
-            torch.ones(32 << 18)
+            torch.ones(64 << 18)
 
-    assert 28 < peak_mib(one_after_the_other) < 48
+    assert 60 < peak_mib(one_after_the_other) < 80
 
 
 def test_where_the_system_does_not_tell_the_peak_is_unknown(monkeypatch):
