@@ -19,7 +19,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from nsm_graph.ops.cpu import llvm
-from nsm_graph.ops.cpu.compiled import OPTIONS
+from nsm_graph.ops.cpu.compiled import BORROWING
 
 _BYTE = ir.IntType(8)
 
@@ -122,7 +122,7 @@ def _make_tile(rows: int, start: str) -> Any:
 def _make_product(start: str) -> Any:
     tile8, tile4, tile1 = (_make_tile(rows, start) for rows in (8, 4, 1))
 
-    @numba.njit(**OPTIONS)
+    @numba.njit(**BORROWING)
     def product(out, a, b, initial):  # type: ignore[no-untyped-def]
         num_rows, num_columns = out.shape
         lanes = 64 // out.itemsize
@@ -147,19 +147,19 @@ def _make_product(start: str) -> Any:
 _from_zero, _from_out, _from_bias = (_make_product(start) for start in ("zero", "out", "bias"))
 
 
-@numba.njit(**OPTIONS)
+@numba.njit(**BORROWING)
 def multiply(out, a, b):  # type: ignore[no-untyped-def]
     """``out = a b``."""
     _from_zero(out, a, b, out)
 
 
-@numba.njit(**OPTIONS)
+@numba.njit(**BORROWING)
 def add_product(out, a, b):  # type: ignore[no-untyped-def]
     """``out += a b``."""
     _from_out(out, a, b, out)
 
 
-@numba.njit(**OPTIONS)
+@numba.njit(**BORROWING)
 def affine(out, a, b, bias):  # type: ignore[no-untyped-def]
     """``out = a b + bias``, the same bias in every row."""
     _from_bias(out, a, b, bias)

@@ -11,13 +11,14 @@ example, groups stand step by step, and rows of group g are g N .. g N + N - 1.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import numba
 import numpy as np
 
 from nsm_graph.ops.cpu import vectors
-from nsm_graph.ops.cpu.compiled import OPTIONS, Kernel
+from nsm_graph.ops.cpu.compiled import BORROWING, Kernel
 from nsm_graph.ops.cpu.matmul import add_product, affine, multiply
 
 Array = Any  # numpy arrays in Python, Numba's in kernels
@@ -53,7 +54,7 @@ class Segments(NamedTuple):
 class Saved(NamedTuple):
     """What a step makes, one row per state; backward reads it."""
 
-    x: Array  #: [rows, 4 C]: state, update, reset * state, candidate mixed in
+    x: Array  #: [rows, >= 4 C]: state, update, reset * state, candidate mixed in
     query: Array  #: [rows, C]
     attended: Array  #: [rows, C]
     weights: Array  #: [tokens H N], by group and head [tokens, N]
@@ -65,10 +66,25 @@ class Saved(NamedTuple):
     inverse: Array  #: [rows], one over the standard deviation
 
 
+class Scratch(NamedTuple):
+    """Where a thread works; as many rows as the states of the examples that it takes at a time."""
+
+    turned: Array  #: [D, N], an operand of attention, transposed
+    slopes: Array  #: [longest segment N], gradients of attention's weights
+    after: Array  #: [rows, C], a step's result that is made again
+    d_state: Array  #: [rows, C]; gradients, by the names of `Saved`
+    d_mixed: Array  #: [rows, C]
+    d_query: Array  #: [rows, C]
+    d_attended: Array  #: [rows, C]
+    d_gates: Array  #: [rows, 3 C]
+    d_x: Array  #: [rows, 3 C]
+    d_qkv: Array  #: [rows, 3 C]
+
+
 # One step ##########################################################################
 
 
-@numba.njit(**OPTIONS)
+@numba.njit(**BORROWING)
 def _attend(out, weights, query, key, value, turned):  # type: ignore[no-untyped-def]
     """One head of one example: ``out = softmax(query key') value``, weights as [keys, queries]."""
     vectors.transpose(turned, query)
@@ -77,7 +93,7 @@ def _attend(out, weights, query, key, value, turned):  # type: ignore[no-untyped
     multiply(out, weights.T, value)
 
 
-@numba.njit(**OPTIONS)
+@numba.njit(**BORROWING)
 def _attend_backward(  # type: ignore[no-untyped-def]
     d_query, d_key, d_value, d_out, weights, query, key, value, turned, slopes, is_shared
 ):
@@ -93,7 +109,7 @@ def _attend_backward(  # type: ignore[no-untyped-def]
         multiply(d_key, slopes, query)
 
 
-@numba.njit(**OPTIONS)
+@numba.njit(**BORROWING)
 def _read(  # type: ignore[no-untyped-def]
     w, saved, key, value, routed, token_ptr, group, count, num_states, heads, row, token, turned
 ):
@@ -136,12 +152,12 @@ def _read(  # type: ignore[no-untyped-def]
     for i in range(num_rows):
         vectors.tanh(gates, i, 2 * channels, channels)
         mix, candidate = gates[i, channels : 2 * channels], gates[i, 2 * channels :]
-        state, new = x[i, :channels], x[i, 3 * channels :]
+        state, new = x[i, :channels], x[i, 3 * channels : 4 * channels]
         for j in range(channels):
             new[j] = state[j] + mix[j] * (candidate[j] - state[j])
 
 
-@numba.njit(**OPTIONS)
+@numba.njit(**BORROWING)
 def _talk(w, saved, out, count, num_states, heads, row, turned):  # type: ignore[no-untyped-def]
     """States attend to the states of their example, residual, norm; into ``out``."""
     channels = out.shape[1]
@@ -149,7 +165,7 @@ def _talk(w, saved, out, count, num_states, heads, row, turned):  # type: ignore
     num_rows = count * num_states
     qkv = saved.qkv[row : row + num_rows]
     mixed = saved.mixed[row : row + num_rows]
-    affine(qkv, saved.x[row : row + num_rows, 3 * channels :], w.qkv, w.qkv_bias)
+    affine(qkv, saved.x[row : row + num_rows, 3 * channels : 4 * channels], w.qkv, w.qkv_bias)
     size = num_states * num_states
     place = row * heads * num_states
     for example in range(count):
@@ -164,7 +180,7 @@ def _talk(w, saved, out, count, num_states, heads, row, turned):  # type: ignore
                 qkv[mine, 2 * channels + first : 2 * channels + first + width], turned,
             )  # fmt: skip
     for i in range(num_rows):
-        y, new = out[i], saved.x[row + i, 3 * channels :]
+        y, new = out[i], saved.x[row + i, 3 * channels : 4 * channels]
         for j in range(channels):
             y[j] = new[j] + w.mix_bias[j]
     add_product(out, mixed, w.mix)
@@ -188,7 +204,7 @@ def _talk(w, saved, out, count, num_states, heads, row, turned):  # type: ignore
             y[j] = normal[j] * w.scale[j] + w.shift[j]
 
 
-@numba.njit(**OPTIONS)
+@numba.njit(**BORROWING)
 def _add_rows(total, rows, first):  # type: ignore[no-untyped-def]
     """Adds up the columns of ``rows`` from ``first`` on, as many as ``total`` has."""
     for i in range(rows.shape[0]):
@@ -197,14 +213,16 @@ def _add_rows(total, rows, first):  # type: ignore[no-untyped-def]
             total[j] += row[j]
 
 
-@numba.njit(**OPTIONS)
+@numba.njit(**BORROWING)
 def _talk_backward(  # type: ignore[no-untyped-def]
-    w, t, saved, grads, d_state, d_qkv, d_mixed, count, num_states, heads, row, turned, slopes
+    w, t, saved, scratch, grads, count, num_states, heads, row
 ):
     """From the gradient of the step's result to that of the propagated state, in place."""
-    channels = d_state.shape[1]
+    channels = scratch.d_state.shape[1]
     width = channels // heads
     num_rows = count * num_states
+    d_state, d_qkv = scratch.d_state[:num_rows], scratch.d_qkv[:num_rows]
+    d_mixed, turned, slopes = scratch.d_mixed[:num_rows], scratch.turned, scratch.slopes
     one = d_state.dtype.type(1)
     share = one / d_state.dtype.type(channels)
     for i in range(num_rows):
@@ -226,8 +244,8 @@ def _talk_backward(  # type: ignore[no-untyped-def]
         for j in range(channels):
             grads.mix_bias[j] += d[j]
     qkv = saved.qkv[row : row + num_rows]
-    add_product(grads.mix, saved.mixed[row : row + num_rows].T, d_state[:num_rows])
-    multiply(d_mixed[:num_rows], d_state[:num_rows], t.mix)
+    add_product(grads.mix, saved.mixed[row : row + num_rows].T, d_state)
+    multiply(d_mixed, d_state, t.mix)
     size = num_states * num_states
     place = row * heads * num_states
     for example in range(count):
@@ -244,24 +262,27 @@ def _talk_backward(  # type: ignore[no-untyped-def]
                 qkv[mine, q], qkv[mine, k], qkv[mine, v], turned,
                 slopes[:size].reshape(num_states, num_states), False,
             )  # fmt: skip
-    _add_rows(grads.qkv_bias, d_qkv[:num_rows], 0)
-    add_product(grads.qkv, saved.x[row : row + num_rows, 3 * channels :].T, d_qkv[:num_rows])
-    add_product(d_state[:num_rows], d_qkv[:num_rows], t.qkv)
+    _add_rows(grads.qkv_bias, d_qkv, 0)
+    add_product(grads.qkv, saved.x[row : row + num_rows, 3 * channels : 4 * channels].T, d_qkv)
+    add_product(d_state, d_qkv, t.qkv)
 
 
-@numba.njit(**OPTIONS)
+@numba.njit(**BORROWING)
 def _read_backward(  # type: ignore[no-untyped-def]
-    t, saved, grads, d_state, d_gates, d_x, d_query, d_attended, key, value, d_key, d_value,
-    d_routed, token_ptr, group, count, num_states, heads, row, token, turned, slopes, is_shared,
+    t, saved, scratch, grads, key, value, d_key, d_value, d_routed, token_ptr, group, count,
+    num_states, heads, row, token, is_shared,
 ):  # fmt: skip
     """From the gradient of the propagated state to that of the state before, in place."""
-    channels = d_state.shape[1]
+    channels = key.shape[1]
     width = channels // heads
     num_rows = count * num_states
-    one = d_state.dtype.type(1)
+    one = key.dtype.type(1)
     x = saved.x[row : row + num_rows]
-    dg, dx = d_gates[:num_rows], d_x[:num_rows]
-    d_query, d_attended = d_query[:num_rows], d_attended[:num_rows]
+    d_state, dg, dx = (
+        scratch.d_state[:num_rows], scratch.d_gates[:num_rows], scratch.d_x[:num_rows],
+    )  # fmt: skip
+    d_query, d_attended = scratch.d_query[:num_rows], scratch.d_attended[:num_rows]
+    turned, slopes = scratch.turned, scratch.slopes
     query, attended = saved.query[row : row + num_rows], saved.attended[row : row + num_rows]
     for i in range(num_rows):
         state, gates, d = x[i, :channels], saved.gates[row + i], d_state[i]
@@ -317,13 +338,13 @@ def _read_backward(  # type: ignore[no-untyped-def]
         d, d_before = d_state[i], dx[i, :channels]
         for j in range(channels):
             d[j] = d_before[j]
-    add_product(d_state[:num_rows], d_query, t.query)
+    add_product(d_state, d_query, t.query)
 
 
 # All steps #########################################################################
 
 
-@numba.njit(**OPTIONS)
+@numba.njit(**BORROWING)
 def _step(  # type: ignore[no-untyped-def]
     out, w, saved, states, after, key, value, routed, segments, step, example, count, num_states,
     heads, row, token, turned,
@@ -347,12 +368,12 @@ def _step(  # type: ignore[no-untyped-def]
         _talk(w, saved, out, count, num_states, heads, row, turned)
         return
     for i in range(num_rows):
-        source, target = saved.x[row + i, 3 * channels :], out[i]
+        source, target = saved.x[row + i, 3 * channels : 4 * channels], out[i]
         for j in range(channels):
             target[j] = source[j]
 
 
-@Kernel
+@partial(Kernel, options=BORROWING)
 def forward_kernel(
     states: Array,
     routed: Array,
@@ -361,6 +382,7 @@ def forward_kernel(
     segments: Segments,
     w: Weights,
     saved: Saved,
+    scratch: Scratch,
     after: Array,
     heads: int,
     num_states: int,
@@ -368,8 +390,6 @@ def forward_kernel(
     is_kept: bool,
 ) -> None:
     """The states after every step, ``after[groups N, C]``, of the chunks of examples named."""
-    channels = states.shape[1]
-    turned = np.empty((channels // heads, num_states), states.dtype)
     for chunk in range(chunks.shape[0]):
         example = chunks[chunk, 0]
         for step in range(segments.num_active.shape[0]):
@@ -382,11 +402,11 @@ def forward_kernel(
             out = after[group * num_states : group * num_states + rows]
             _step(
                 out, w, saved, states, after, key, value, routed, segments, step, example, count,
-                num_states, heads, row, token, turned,
+                num_states, heads, row, token, scratch.turned,
             )  # fmt: skip
 
 
-@Kernel
+@partial(Kernel, options=BORROWING)
 def backward_kernel(
     d_after: Array,
     states: Array,
@@ -397,6 +417,7 @@ def backward_kernel(
     w: Weights,
     t: Weights,
     saved: Saved,
+    scratch: Scratch,
     after: Array,
     grads: Weights,
     d_states: Array,
@@ -411,27 +432,12 @@ def backward_kernel(
 ) -> None:
     """Gradients of everything, of the chunks of examples named; adds to ``grads``."""
     channels = states.shape[1]
-    dtype = states.dtype
+    zero = states.dtype.type(0)
     talks = w.qkv.shape[0] > 0
-    most, longest = 0, num_states
-    for chunk in range(chunks.shape[0]):
-        most = max(most, (chunks[chunk, 1] - chunks[chunk, 0]) * num_states)
-    for group in range(segments.token_ptr.shape[0] - 1):
-        longest = max(longest, segments.token_ptr[group + 1] - segments.token_ptr[group])
-    turned = np.empty((channels // heads, num_states), dtype)
-    slopes = np.empty(longest * num_states, dtype)
-    d_state, d_mixed, d_query, d_attended = (
-        np.empty((most, channels), dtype), np.empty((most, channels), dtype),
-        np.empty((most, channels), dtype), np.empty((most, channels), dtype),
-    )  # fmt: skip
-    d_gates, d_x, d_qkv = (
-        np.empty((most, 3 * channels), dtype), np.empty((most, 3 * channels), dtype),
-        np.empty((most, 3 * channels), dtype),
-    )  # fmt: skip
-    spare = np.empty((most, channels), dtype)
+    d_state = scratch.d_state
     for chunk in range(chunks.shape[0]):
         example = chunks[chunk, 0]
-        d_state[:] = dtype.type(0)
+        d_state[:] = zero
         for step in range(segments.num_active.shape[0] - 1, -1, -1):
             count = min(chunks[chunk, 1], segments.num_active[step]) - example
             if count <= 0:
@@ -441,8 +447,8 @@ def backward_kernel(
             row, token = (group * num_states, segments.token_ptr[group]) if is_kept else (0, 0)
             if not is_kept:
                 _step(
-                    spare[:rows], w, saved, states, after, key, value, routed, segments, step,
-                    example, count, num_states, heads, row, token, turned,
+                    scratch.after[:rows], w, saved, states, after, key, value, routed, segments,
+                    step, example, count, num_states, heads, row, token, scratch.turned,
                 )  # fmt: skip
             for i in range(rows):
                 total, own = d_state[i], d_after[group * num_states + i]
@@ -450,13 +456,11 @@ def backward_kernel(
                     total[j] += own[j]
             if talks:
                 _talk_backward(
-                    w, t, saved, grads, d_state, d_qkv, d_mixed, count, num_states, heads, row,
-                    turned, slopes,
+                    w, t, saved, scratch, grads, count, num_states, heads, row,
                 )  # fmt: skip
             _read_backward(
-                t, saved, grads, d_state, d_gates, d_x, d_query, d_attended, key, value, d_key,
-                d_value, d_routed, segments.token_ptr, group, count, num_states, heads, row,
-                token, turned, slopes, is_shared,
+                t, saved, scratch, grads, key, value, d_key, d_value, d_routed,
+                segments.token_ptr, group, count, num_states, heads, row, token, is_shared,
             )  # fmt: skip
         for i in range((chunks[chunk, 1] - example) * num_states):
             for j in range(channels):

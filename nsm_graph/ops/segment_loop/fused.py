@@ -7,12 +7,14 @@ undone for the gradients.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from nsm_graph.ops.cpu import arrays
 from nsm_graph.ops.cpu.threads import run_all
 from nsm_graph.ops.segment_loop import cpu, reference
 from nsm_graph.ops.segment_loop.inputs import LoopSegments, LoopWeights
@@ -90,16 +92,19 @@ class _Run:
     def __init__(self, segments, heads, is_kept, states, routed, key, value, weights) -> None:  # type: ignore[no-untyped-def]
         self.heads, self.is_kept, self.is_shared = heads, is_kept, value is None
         self.dtype = states.dtype
-        self.states, self.routed, self.key = (_array(x) for x in (states, routed, key))
-        self.value = self.key if value is None else _array(value)
+        self.states, self.routed, self.key = map(arrays.array, (states, routed, key))
+        self.value = self.key if value is None else arrays.array(value)
         num_active = segments.num_active.numpy()
         self.segments = cpu.Segments(
             segments.token_ptr.numpy(), np.cumsum(num_active) - num_active, num_active
         )
         self.num_states = self.routed.shape[0] // (len(self.segments.token_ptr) - 1)
-        self.weights = _turn(weights, heads)
+        self.turned = _turn(weights, heads)
+        self.weights = cpu.Weights(*map(arrays.place, self.turned))
         self.has_talk = weights[8] is not None
         self.chunks = self._share()
+        self.most_examples = max(int((part[:, 1] - part[:, 0]).max()) for part in self.chunks)
+        self.longest = int(np.diff(self.segments.token_ptr).max())
         self.saved: list[cpu.Saved] = []
 
     def _share(self) -> list[np.ndarray]:
@@ -124,7 +129,7 @@ class _Run:
         calls = [
             (
                 self.states, self.routed, self.key, self.value, self.segments, self.weights, saved,
-                after.numpy(), self.heads, self.num_states, chunks, self.is_kept,
+                self._scratch(), after.numpy(), self.heads, self.num_states, chunks, self.is_kept,
             )
             for saved, chunks in zip(places, self.chunks, strict=True)
         ]  # fmt: skip
@@ -136,23 +141,24 @@ class _Run:
         places, self.saved = self.saved, []
         if not places:  # a second backward
             places, _ = self._read()
-        turned = cpu.Weights(*(np.ascontiguousarray(x.T) for x in self.weights))
-        grads = [cpu.Weights(*(np.zeros_like(x) for x in self.weights)) for _ in self.chunks]
+        turned = cpu.Weights(*(arrays.place(x.t() if x.dim() == 2 else x) for x in self.turned))
+        grads = [[torch.zeros(x.shape, dtype=self.dtype) for x in self.turned] for _ in self.chunks]
         d_states = np.zeros_like(self.states)
         d_routed, d_key = np.empty_like(self.routed), np.empty_like(self.key)
         d_value = d_key if self.is_shared else np.empty_like(self.value)
-        d_after = _array(grad)
+        d_after = arrays.array(grad)
         calls = [
             (
                 d_after, self.states, self.routed, self.key, self.value, self.segments,
-                self.weights, turned, saved, after.numpy(), part, d_states, d_routed, d_key,
-                d_value, self.heads, self.num_states, chunks, self.is_kept, self.is_shared,
+                self.weights, turned, saved, self._scratch(), after.numpy(),
+                cpu.Weights(*(x.numpy() for x in part)), d_states, d_routed, d_key, d_value,
+                self.heads, self.num_states, chunks, self.is_kept, self.is_shared,
             )
             for saved, part, chunks in zip(places, grads, self.chunks, strict=True)
         ]  # fmt: skip
         run_all(cpu.backward_kernel, calls)
         self._give_back(places)
-        total = cpu.Weights(*(sum(parts[1:], parts[0]) for parts in zip(*grads, strict=True)))
+        total = [sum(parts[1:], parts[0]) for parts in zip(*grads, strict=True)]
         rows = (d_states, d_routed, d_key, None if self.is_shared else d_value)
         return [
             *(None if x is None else torch.from_numpy(x) for x in rows),
@@ -166,8 +172,7 @@ class _Run:
         """Groups and tokens that there must be room for."""
         if self.is_kept:
             return len(self.segments.token_ptr) - 1, self.key.shape[0]
-        most = max(int((part[:, 1] - part[:, 0]).max()) for part in self.chunks)
-        return most, most * int(np.diff(self.segments.token_ptr).max())
+        return self.most_examples, self.most_examples * self.longest
 
     def _take(self) -> list[cpu.Saved]:
         if not self.is_kept:
@@ -190,11 +195,9 @@ class _Run:
         talk_rows = rows if self.has_talk else 0
         weight = self.heads * self.num_states
 
-        def empty(*shape: int) -> np.ndarray:
-            return torch.empty(shape, dtype=self.dtype).numpy()
-
+        empty = partial(arrays.empty, self.dtype)
         return cpu.Saved(
-            x=empty(rows, 4 * channels),
+            x=empty(rows, arrays.spread(4 * channels)),
             query=empty(rows, channels),
             attended=empty(rows, channels),
             weights=empty(num_tokens * weight),
@@ -206,15 +209,27 @@ class _Run:
             inverse=empty(talk_rows),
         )
 
+    def _scratch(self) -> cpu.Scratch:
+        rows, channels = self.most_examples * self.num_states, self.states.shape[1]
+        empty = partial(arrays.empty, self.dtype)
+        return cpu.Scratch(
+            turned=empty(channels // self.heads, self.num_states),
+            slopes=empty(max(self.longest, self.num_states) * self.num_states),
+            after=empty(rows, channels),
+            d_state=empty(rows, channels),
+            d_mixed=empty(rows, channels),
+            d_query=empty(rows, channels),
+            d_attended=empty(rows, channels),
+            d_gates=empty(rows, 3 * channels),
+            d_x=empty(rows, 3 * channels),
+            d_qkv=empty(rows, 3 * channels),
+        )
+
 
 # Parameters ########################################################################
 
 
-def _array(x: Tensor) -> np.ndarray:
-    return x.detach().contiguous().numpy()
-
-
-def _turn(weights: Any, heads: int) -> cpu.Weights:
+def _turn(weights: Any, heads: int) -> list[Tensor]:
     """The kernel's form: ``[in, out]``, scores scaled, (update, reset state) for the candidate."""
     query, query_bias, out, out_bias, gates, gates_bias, candidate, candidate_bias = (
         x.detach() for x in weights[:8]
@@ -232,12 +247,12 @@ def _turn(weights: Any, heads: int) -> cpu.Weights:
         query * factor, query_bias * factor, out, out_bias, gates, gates_bias,
         torch.cat([update, reset], dim=1), candidate_bias, *talk,
     ]  # fmt: skip
-    return cpu.Weights(*(_array(x.t() if x.dim() == 2 else x) for x in turned))
+    return [x.t() if x.dim() == 2 else x for x in turned]
 
 
-def _turn_back(grads: cpu.Weights, heads: int, has_talk: bool) -> list[Tensor | None]:
+def _turn_back(grads: list[Tensor], heads: int, has_talk: bool) -> list[Tensor | None]:
     """Gradients of the parameters as they came."""
-    g = cpu.Weights(*(torch.from_numpy(np.ascontiguousarray(x.T)) for x in grads))
+    g = cpu.Weights(*(x.t().contiguous() if x.dim() == 2 else x for x in grads))
     channels = g.query.size(0)
     factor = (channels // heads) ** -0.5
     update, reset = g.candidate.split(channels, dim=1)
