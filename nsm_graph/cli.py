@@ -190,6 +190,8 @@ def bench(argv: list[str]) -> None:
         unit = {"ms": "ms", "mib": "MiB"}[record.measure]
         compared = f"{unit:3} {record.ratio:6.2f} {record.target:7.2f}"
         print(f"{record.case:58} {record.peer:16} {numbers} {compared}")
+        if record.note:
+            print(f"    {record.note}")
     if options.json is not None:
         text = json.dumps([record.to_dict() for record in records], indent=2)
         options.json.write_text(text + "\n")

@@ -21,7 +21,7 @@ from nsm_graph.cli import main
 
 KEYS = {
     *("case", "peer", "ours_ms", "peer_ms", "ratio", "ours_mib", "peer_mib", "correct"),
-    *("target", "measure", "env"),
+    *("target", "measure", "note", "env"),
 }
 
 needs_peak = pytest.mark.skipif(
@@ -198,6 +198,14 @@ def test_memory_is_printed_in_the_same_columns(monkeypatch, capsys):
     assert memory.split()[2:] == ["4.0", "50.0", "MiB", "12.50", "10.00"]
     assert unknown.split()[2:] == ["unknown", "unknown", "MiB", "nan", "10.00"]
     assert len({len(line) for line in (title, time, memory, unknown)}) == 1
+
+
+def test_a_note_stands_below_its_line(monkeypatch, capsys):
+    noted = BenchRecord("case", "peer", 2.0, 3.0, True, 1.0, note="what else there is")
+    monkeypatch.setitem(bench.BENCHES, "scan", lambda repetitions: [noted, *records(True)])
+    assert main(["bench", "scan"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4 and lines[2].strip() == "what else there is"
 
 
 def test_wrong_results_print_no_number(monkeypatch, capsys):

@@ -5,13 +5,21 @@ from collections.abc import Callable
 from nsm_graph.bench.attention import bench_attention as bench_attention
 from nsm_graph.bench.attention import bench_memory as bench_memory
 from nsm_graph.bench.attention import bench_routing as bench_routing
+from nsm_graph.bench.imports import bench_imports as bench_imports
+from nsm_graph.bench.ragged import bench_ragged as bench_ragged
 from nsm_graph.bench.record import BenchRecord as BenchRecord
+from nsm_graph.bench.scaling import bench_scaling as bench_scaling
 from nsm_graph.bench.scan import bench_scan as bench_scan
+from nsm_graph.bench.streaming import bench_streaming as bench_streaming
 
 #: The benchmarks by name.
 BENCHES: dict[str, Callable[..., list[BenchRecord]]] = {
     "attention": bench_attention,
+    "import": bench_imports,
     "memory": bench_memory,
+    "ragged": bench_ragged,
     "routing": bench_routing,
+    "scaling": bench_scaling,
     "scan": bench_scan,
+    "streaming": bench_streaming,
 }

@@ -7,13 +7,18 @@ import gc
 import math
 import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+
+PACKAGES = ("nsm-graph", "numpy", "numba", "torch-geometric")
 
 
 def environment() -> dict[str, Any]:
@@ -23,7 +28,43 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
+        "date": time.strftime("%Y-%m-%d"),
+        **_fixed(),
     }
+
+
+@cache
+def _fixed() -> dict[str, Any]:
+    """What stays the same while the process lives."""
+    versions: dict[str, str | None] = {}
+    for name in PACKAGES:
+        try:
+            versions[name.replace("-", "_")] = metadata.version(name)
+        except metadata.PackageNotFoundError:  # run from a checkout that was not installed
+            versions[name.replace("-", "_")] = None
+    return {"cpu": _cpu_model(), "commit": _commit(), **versions}
+
+
+def _cpu_model() -> str:
+    cpus = Path("/proc/cpuinfo")
+    lines = cpus.read_text().splitlines() if cpus.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor()
+
+
+def _commit() -> str | None:
+    """Of the repository that keeps this file; None where none does, as in an installed package."""
+    here = Path(__file__)
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(here.parent), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", here.name)  # it may lie inside somebody else's
+        return git("describe", "--always", "--dirty")
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 @dataclass(frozen=True)
@@ -39,6 +80,7 @@ class BenchRecord:
     ours_mib: float | None = None
     peer_mib: float | None = None
     measure: str = "ms"  #: what the ratio compares: ``"ms"`` or ``"mib"``
+    note: str = ""  #: what else there is to know, in a line
     env: dict[str, Any] = field(default_factory=environment)
 
     @property
@@ -55,12 +97,20 @@ class BenchRecord:
 
 
 def interleaved_medians(
-    runs: Mapping[str, Callable[[], object]], repetitions: int
+    runs: Mapping[str, Callable[[], object]], repetitions: int, *, untimed: int = 0
 ) -> dict[str, float]:
-    """Median milliseconds of each run; they take turns, so that all see the same machine."""
+    """Median milliseconds of each run; they take turns, so that all see the same machine.
+
+    Args:
+        runs: What to time, by name.
+        repetitions: Timed turns of each, after one that warms up.
+        untimed: Calls before each timed one, where a call leaves memory for the next of its size.
+    """
     times: dict[str, list[float]] = {name: [] for name in runs}
     for repetition in range(repetitions + 1):
         for name, run in runs.items():
+            for _ in range(untimed):
+                run()
             start = time.perf_counter()
             run()
             if repetition > 0:  # the first turn warms up
@@ -79,6 +129,16 @@ def peak_mib(run: Callable[[], object]) -> float | None:
     before = _status_mib(status, "VmRSS")
     run()
     return _status_mib(status, "VmHWM") - before
+
+
+def resident_mib() -> float | None:
+    """Memory of this process that is in use now, in MiB; None where Linux does not tell."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return None
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    return _status_mib(status, "VmRSS")
 
 
 def _status_mib(status: Path, field: str) -> float:
