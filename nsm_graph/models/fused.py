@@ -1,7 +1,7 @@
-"""The whole loop over segments as one operation, where the cell is the documented one.
+"""What is hoisted as one operation and the loop as another, where the cell is the documented one.
 
-The same numbers as `loop.py`, up to rounding. What the operation does not know goes step by step,
-and the log named ``nsm_graph`` says why, once.
+The same numbers as the cell's own modules, up to rounding. What the loop's operation does not know
+goes step by step, and the log named ``nsm_graph`` says why, once.
 """
 
 from __future__ import annotations
@@ -17,8 +17,14 @@ from torch_geometric.nn.dense.linear import Linear
 from nsm_graph.models.cell import SegmentInputs, StateMachineCell
 from nsm_graph.models.loop import Trace
 from nsm_graph.models.segments import SegmentPlan
-from nsm_graph.nn import HybridAttention, StateCommunication, StatePropagator
+from nsm_graph.nn import (
+    HybridAttention,
+    StateCommunication,
+    StatePropagator,
+    TokenToStateRouter,
+)
 from nsm_graph.nn.edge_attention_layer import is_watched
+from nsm_graph.ops.hoist import HoistWeights, hoist
 from nsm_graph.ops.segment_loop import LoopSegments, LoopWeights, segment_loop
 from nsm_graph.topology.base import Complete
 
@@ -27,7 +33,7 @@ _said: set[str] = set()
 
 
 def why_not_fused(
-    cell: StateMachineCell, states: Tensor, hoisted: SegmentInputs, *, record: bool = False,
+    cell: StateMachineCell, states: Tensor, *, record: bool = False,
     bptt_segments: int | None = None,
 ) -> str | None:  # fmt: skip
     """Why the loop has to go step by step; None where it need not."""
@@ -45,9 +51,9 @@ def why_not_fused(
         return "autocast chooses the type of every operation"
     if cell.scan is not None or cell.snap is not None:
         return "a scan or a snap acts in every step"
-    if cell.mix != "sum" or hoisted.bias is not None:
+    if cell.mix != "sum" or cell.relative is not None:
         return "attention has a bias, or routing and attention are not added"
-    if not hoisted.relation.is_complete or hoisted.mask is not None:
+    if cell.router.top_k is not None:
         return "not every token has an edge to every state"
     if cell.propagator.cell != "gru":
         return "the gates are an LSTM's"
@@ -58,6 +64,33 @@ def why_not_fused(
     if not _is_plain(cell):
         return "a part of the cell was replaced, or a hook watches it"
     return None
+
+
+def hoist_fused(
+    cell: StateMachineCell, tokens: Tensor, plan: SegmentPlan, importance: Tensor, slots: Tensor
+) -> tuple[SegmentInputs, Tensor | None]:
+    """What :meth:`StateMachineCell.hoist` does, of tokens in input order."""
+    if not _hoists_plainly(cell):
+        order = plan.token_order
+        return cell.hoist(tokens[order], plan.place[order], plan.relation, importance, slots)
+    router, attention = cell.router, cell.attention
+    value = attention.lin_value
+    logits, logits_bias = router.logit_weights(importance, slots)
+    projections = HoistWeights(
+        key=attention.lin_token.weight,
+        key_bias=attention.lin_token.bias,
+        value=None if value is None else value.weight,
+        value_bias=None if value is None else value.bias,
+        logits=logits,
+        logits_bias=logits_bias,
+        out=router.lin_out.weight,
+        out_bias=router.lin_out.bias,
+    )
+    key, values, routed, weights = hoist(
+        tokens, plan.groups, projections, router.heads, backend="cpu"
+    )
+    nothing = (None,) * 5
+    return SegmentInputs(plan.relation, routed, key, values, *nothing), weights
 
 
 def read_fused(
@@ -72,7 +105,7 @@ def read_fused(
     assert hoisted.routed is not None
     assert hoisted.key is not None
     assert hoisted.value is not None
-    after = segment_loop(
+    after, final = segment_loop(
         states,
         hoisted.routed,
         hoisted.key,
@@ -83,18 +116,11 @@ def read_fused(
         keep=keep,
         backend="cpu",
     )
-    steps = after.split([step.num_dst for step in plan.steps])
-    before = [states, *steps][:-1]
-    before = [rows[: step.num_dst] for rows, step in zip(before, plan.steps, strict=True)]
-    # Examples finish from the back.
-    finished, left = [], states
-    for rows in steps:
-        if rows.size(0) < left.size(0):
-            finished.append(left[rows.size(0) :])
-        left = rows
-    trace = Trace(torch.cat([left, *finished[::-1]]), None)
-    trace.before, trace.after, trace.reads = before, list(steps), [None] * len(steps)
-    return trace
+    steps = list(after.split([step.num_dst for step in plan.steps]))
+    before = [
+        rows[: step.num_dst] for rows, step in zip([states, *steps], plan.steps, strict=False)
+    ]
+    return Trace(final, None, before, steps, [None] * len(steps))
 
 
 def say_why_not(reason: str) -> None:
@@ -116,7 +142,14 @@ def _weights(cell: StateMachineCell) -> LoopWeights:
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 #: What the cell is made of; a part of another type may do anything.
-_KINDS = (HybridAttention, StatePropagator, StateCommunication, Linear, nn.LayerNorm)
+_KINDS = (
+    HybridAttention,
+    Linear,
+    nn.LayerNorm,
+    StateCommunication,
+    StatePropagator,
+    TokenToStateRouter,
+)
 
 
 def _is_plain(cell: StateMachineCell) -> bool:
@@ -124,18 +157,32 @@ def _is_plain(cell: StateMachineCell) -> bool:
     if type(cell) is not StateMachineCell or _is_watched(cell):
         return False
     talk = cell.communication
-    parts = [part for part in (cell.attention, cell.propagator, talk) if part is not None]
-    for module in (module for part in parts for module in part.modules()):
-        if type(module) is _Aggregation:
-            continue
-        if type(module) not in _KINDS or _is_watched(module):
-            return False
-        if type(module) is Linear and module.bias is None:
-            return False
+    if not all(map(_are_own, (cell.attention, cell.propagator, talk))):
+        return False
     if talk is None:
         return True
     has_usual_norm = talk.norm.eps == 1e-5 and talk.norm.bias is not None
     return has_usual_norm and talk.heads == cell.attention.heads
+
+
+def _hoists_plainly(cell: StateMachineCell) -> bool:
+    """Whether keys, values and routed sums are the documented ones, and nobody watches."""
+    router = cell.router
+    return cell.rotary is None and router.routing_reduce == "sum" and _are_own(router)
+
+
+def _are_own(part: nn.Module | None) -> bool:
+    """Whether a part and what it is made of are as this library made them, and nobody watches."""
+    modules = [] if part is None else list(part.modules())
+    return all(
+        type(module) is _Aggregation
+        or (type(module) in _KINDS and not _is_watched(module) and _has_bias(module))
+        for module in modules
+    )
+
+
+def _has_bias(module: nn.Module) -> bool:
+    return type(module) is not Linear or module.bias is not None
 
 
 def _is_watched(module: nn.Module) -> bool:

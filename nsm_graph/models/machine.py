@@ -363,7 +363,7 @@ class NeuralStateMachine(nn.Module):
                 tokens.device,
             )
             scan_tokens, tail = self._scan_tokens(tokens, plan, ptr, state)
-            tokens = self._add_position(tokens[plan.token_order], plan, ptr, state)
+            tokens = self._add_position(tokens, plan, ptr, state)
             reading = read_sequence(
                 self.cell,
                 self.dropout(tokens),
@@ -371,7 +371,7 @@ class NeuralStateMachine(nn.Module):
                 replace(state, tail=tail),
                 self.manager.importance,
                 scan_tokens=scan_tokens,
-                scan_reads=isinstance(self.head, TokenHead),
+                tokens_read=isinstance(self.head, TokenHead),
                 bptt_segments=self.bptt_segments,
                 checkpoint_segments=self.checkpoint_segments,
                 record=notes,
@@ -428,9 +428,9 @@ class NeuralStateMachine(nn.Module):
         self, tokens: Tensor, plan: SegmentPlan, ptr: Tensor, state: MachineState
     ) -> Tensor:
         if isinstance(self.position, LearnedPosition):
-            return self.position(tokens, plan.place)
+            return self.position(tokens, plan.place, plan.full_length)
         if isinstance(self.position, SinusoidalPosition):
-            example = Partition.from_ptr(ptr).batch[plan.token_order]
+            example = Partition.from_ptr(ptr).batch
             return self.position(tokens, plan.index + state.num_tokens[example])
         return tokens
 

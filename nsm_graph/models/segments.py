@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nsm_graph.ops.hoist import TokenGroups
 from nsm_graph.partition import Partition
 from nsm_graph.relation import Relation
 
@@ -23,8 +24,10 @@ class SegmentPlan:
     Args:
         token_order: ``[T]``, which input token stands at each place of the reading order.
         example_order: ``[B]``, which example stands at each rank.
-        place: ``[T]``, index of each token inside its segment, in reading order.
-        index: ``[T]``, index of each token inside its example, in reading order.
+        place: ``[T]``, index of each input token inside its segment.
+        index: ``[T]``, index of each input token inside its example.
+        groups: Where the tokens of each group begin, among the inputs and in reading order.
+        full_length: How many tokens every segment has; ``None`` where they differ.
         relation: All segments at once: tokens -> (group, state), for what is hoisted.
         steps: What each step of the loop reads: its tokens -> the states of the first examples.
     """
@@ -33,6 +36,8 @@ class SegmentPlan:
     example_order: Tensor
     place: Tensor
     index: Tensor
+    groups: TokenGroups
+    full_length: int | None
     relation: Relation
     steps: list[Relation]
 
@@ -64,20 +69,23 @@ def plan_segments(
     group_step = step_index.expand(-1, len(counts))[is_active]
 
     num_tokens = sum(counts)
+    group_ptr = torch.cat([group_count.new_zeros(1), group_count.cumsum(0)])
+    first_token = count.cumsum(0) - count
+    first = first_token[example_order][group_rank] + group_step * segment_length
     group_of = torch.repeat_interleave(group_count, output_size=num_tokens)
-    group_start = group_count.cumsum(0) - group_count
-    place = torch.arange(num_tokens) - group_start[group_of]
-    index = group_step[group_of] * segment_length + place
-    first_token = (count.cumsum(0) - count)[example_order]
-    token_order = first_token[group_rank[group_of]] + index
+    token_order = torch.arange(num_tokens) + (first - group_ptr[:-1])[group_of]
+    index = torch.arange(num_tokens) - torch.repeat_interleave(first_token, count)
+    is_full = bool((count % segment_length == 0).all())
 
     groups = _partition(group_count, device)
     states = Partition.uniform(group_count.numel(), num_states, device)
     return SegmentPlan(
         token_order.to(device),
         example_order.to(device),
-        place.to(device),
+        (index % segment_length).to(device),
         index.to(device),
+        TokenGroups(first, group_ptr),
+        segment_length if is_full else None,
         Relation.between(groups, states),
         _make_steps(group_count, is_active.sum(1).tolist(), segment_length, num_states, device),
     )

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nsm_graph.models.cell import SegmentInputs, StateMachineCell
-from nsm_graph.models.fused import read_fused, say_why_not, why_not_fused
+from nsm_graph.models.fused import hoist_fused, read_fused, say_why_not, why_not_fused
 from nsm_graph.models.loop import Trace, read_segments
 from nsm_graph.models.segments import SegmentPlan
 from nsm_graph.models.state import MachineState, Reading, Record
@@ -20,7 +20,7 @@ def read_sequence(
     importance: Tensor,
     *,
     scan_tokens: Tensor | None,
-    scan_reads: bool,
+    tokens_read: bool,
     bptt_segments: int | None,
     checkpoint_segments: int | str | None,
     record: Record | None,
@@ -29,35 +29,36 @@ def read_sequence(
 
     Args:
         cell: Reads one segment.
-        tokens: Embedded tokens in the plan's reading order, ``[T, C_t]``.
+        tokens: Embedded tokens in input order, ``[T, C_t]``.
         plan: The reading order.
         state: The memory before, examples in input order.
         importance: Learnable importance of every slot.
-        scan_tokens: What the scan reads, in the same order; ``None`` without one.
-        scan_reads: Whether tokens are to read from the scan.
+        scan_tokens: What the scan reads, in the plan's order; ``None`` without one.
+        tokens_read: Whether tokens are to read, from states or a scan.
         bptt_segments: See :func:`nsm_graph.models.loop.read_segments`.
         checkpoint_segments: The same.
         record: To be filled, where given.
     """
     num_states = state.slots.numel()
-    hoisted, weights = cell.hoist(
-        tokens,
-        plan.place,
-        plan.relation,
-        importance,
-        state.slots,
-        scan_tokens=scan_tokens,
-        scan_reads=scan_reads,
-    )
     states = _reorder(state.states, plan.example_order, num_states)
-    reason = why_not_fused(
-        cell, states, hoisted, record=record is not None, bptt_segments=bptt_segments
-    )
+    reason = why_not_fused(cell, states, record=record is not None, bptt_segments=bptt_segments)
     inputs: list[SegmentInputs] = []
     if reason is None:
+        hoisted, weights = hoist_fused(cell, tokens, plan, importance, state.slots)
         trace = read_fused(cell, states, hoisted, plan, keep=checkpoint_segments is None)
+        tokens = tokens[plan.token_order] if tokens_read else tokens
     else:
         say_why_not(reason)
+        tokens = tokens[plan.token_order]
+        hoisted, weights = cell.hoist(
+            tokens,
+            plan.place[plan.token_order],
+            plan.relation,
+            importance,
+            state.slots,
+            scan_tokens=scan_tokens,
+            scan_reads=tokens_read,
+        )
         inputs = cell.connect(cell.split(hoisted, plan.steps), state.slots)
         trace = read_segments(
             cell,

@@ -43,7 +43,18 @@ class LearnedPosition(nn.Module):
     def reset_parameters(self) -> None:
         nn.init.normal_(self.table, std=0.5)
 
-    def forward(self, x: Tensor, place: Tensor) -> Tensor:
+    def forward(self, x: Tensor, place: Tensor, full_length: int | None = None) -> Tensor:
+        """Adds positions.
+
+        Args:
+            x: The tokens.
+            place: Index of each inside its segment.
+            full_length: Says that all segments have this length, and that tokens stand segment by
+                segment: nothing is looked up then. (default: :obj:`None`)
+        """
+        if full_length is not None and full_length <= self.max_length:
+            segments = x.reshape(x.size(0) // full_length, full_length, x.size(1))
+            return (segments + self.table[:full_length]).flatten(0, 1)
         return x + _look_up(self.table, place)
 
 

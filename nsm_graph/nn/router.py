@@ -178,17 +178,22 @@ class TokenToStateRouter(MessagePassing):
         """The logit table ``[T, H, K]`` of all slots, or of the K ``slots`` named."""
         if self.lin_logits.in_channels < 0:
             self.lin_logits(x[:0])  # sizes its lazy weight
+        table = F.linear(x, *self.logit_weights(importance, slots))
+        return table.unflatten(-1, (self.heads, -1))
+
+    def logit_weights(
+        self, importance: Tensor | None = None, slots: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The linear map of the logit table, rows head by head: ``[H K, C_t]`` and ``[H K]``."""
         # The weight is turned, not the table: a softmax over the last dimension is the fast one.
         shape = (self.num_states, self.heads)
         weight = self.lin_logits.weight.unflatten(0, shape).transpose(0, 1)
         bias = self.lin_logits.bias.unflatten(0, shape).transpose(0, 1)
+        if importance is not None:
+            bias = bias + F.logsigmoid(importance)
         if slots is not None:
             weight, bias = weight[:, slots], bias[:, slots]
-        table = F.linear(x, weight.flatten(0, 1), bias.flatten())
-        table = table.unflatten(-1, (self.heads, weight.size(1)))
-        if importance is None:
-            return table
-        return table + F.logsigmoid(importance if slots is None else importance[slots])
+        return weight.flatten(0, 1), bias.flatten()
 
     def route(
         self, x: Tensor, logits: Tensor, relation: Relation, slots: Tensor | None = None

@@ -307,11 +307,11 @@ def test_other_devices_and_a_snap_go_step_by_step():
     machine = make_machine()
     with mock.patch.object(sequence, "why_not_fused", wraps=fused.why_not_fused) as ask:
         run(machine, torch.randn(5, 3), [5])
-    cell, states, hoisted = ask.call_args.args
-    assert fused.why_not_fused(cell, states, hoisted) is None
-    assert "no kernel for meta" in fused.why_not_fused(cell, states.to("meta"), hoisted)
+    cell, states = ask.call_args.args
+    assert fused.why_not_fused(cell, states) is None
+    assert "no kernel for meta" in fused.why_not_fused(cell, states.to("meta"))
     cell.snap = StateSnap(torch.randn(2, 3, 4))
-    assert "a scan or a snap acts" in fused.why_not_fused(cell, states, hoisted)
+    assert "a scan or a snap acts" in fused.why_not_fused(cell, states)
 
 
 @pytest.mark.filterwarnings("ignore")

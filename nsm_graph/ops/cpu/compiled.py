@@ -31,9 +31,9 @@ PATIENCE = 2.0
 
 
 @cache
-def _digest() -> str:
+def _digest(folder: Path) -> str:
     """Of all that kernels are made of beside their own file, which is all that Numba looks at."""
-    sources = sorted(Path(__file__).parent.glob("*.py"))
+    sources = sorted([*Path(__file__).parent.glob("*.py"), *folder.glob("*.py")])
     return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:12]
 
 
@@ -47,7 +47,8 @@ class Kernel:
     def __init__(self, function: Callable[..., None], options: Mapping[str, Any] = OPTIONS) -> None:
         update_wrapper(self, function)
         self.name = function.__name__
-        function.__qualname__ = f"{self.name}_{_digest()}"  # names the file on disk
+        folder = Path(function.__code__.co_filename).parent
+        function.__qualname__ = f"{self.name}_{_digest(folder)}"  # names the file on disk
         try:
             self._compiled = numba.njit(cache=True, **options)(function)
             self._fate = "it is kept on disk"

@@ -79,6 +79,13 @@ def store(builder: Any, value: Any, address: Any, mask: Any = None) -> None:
     builder.call(function, [value, address, ir.Constant(I32, size), mask])
 
 
+def store_past(builder: Any, value: Any, address: Any) -> None:
+    """Stores a vector at a multiple of its size, past the cache."""
+    address = builder.bitcast(address, value.type.as_pointer())
+    stored = builder.store(value, address, align=64)
+    stored.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(I32, 1)]))
+
+
 def multiply_add(builder: Any, total: Any, a: Any, b: Any) -> None:
     """``total += a * b``, where ``total`` is a place on the stack."""
     product = builder.fmul(a, b, flags=FAST)

@@ -29,18 +29,21 @@ def run_rows(kernel: Callable, ptr: np.ndarray, work_per_edge: int, *arguments: 
         work_per_edge: Multiply-adds that an edge costs.
         arguments: What every range gets.
     """
+    run_all(kernel, [(*arguments, *part) for part in share_rows(ptr, work_per_edge)])
+
+
+def share_rows(ptr: np.ndarray, work_per_edge: int) -> list[tuple[int, int]]:
+    """Ranges of rows for the threads, with about equally many edges; one where there is little."""
     num_rows, num_edges = len(ptr) - 1, int(ptr[-1])
     num_threads = torch.get_num_threads()
     if num_threads == 1 or num_edges * work_per_edge < MIN_WORK:
-        kernel(*arguments, 0, num_rows)
-        return
+        return [(0, num_rows)]
     # A row costs something without edges, too: writing its zeros.
     cost = ptr + np.arange(num_rows + 1)
     shares = np.arange(num_threads + 1) * (int(cost[-1]) / num_threads)
     ends = np.searchsorted(cost, shares)
     ends[0], ends[-1] = 0, num_rows
-    parts = [part for part in pairwise(ends) if part[0] < part[1]]
-    run_all(kernel, [(*arguments, *part) for part in parts])
+    return [(int(a), int(b)) for a, b in pairwise(ends) if a < b]
 
 
 def run_all(kernel: Callable, calls: list[tuple]) -> None:

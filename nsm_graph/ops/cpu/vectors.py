@@ -359,5 +359,54 @@ def transpose(typing: Any, out: Any, x: Any) -> Any:
     return types.void(out, x), generate
 
 
+@intrinsic
+def write_past(typing: Any, out: Any, place: Any, x: Any) -> Any:
+    """``out[place:place + len(x)] = x``, past the cache where ``place`` begins a vector.
+
+    ``out`` begins at a cache line, as torch's memory does. Other threads see it after `settle`.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        v_out, v_place, v_x = args
+        element = context.get_data_type(x.dtype)
+        vector = ir.VectorType(element, llvm.lanes(element))
+        count = cgutils.unpack_tuple(builder, context.make_array(x)(context, builder, v_x).shape, 1)
+        source = llvm.address(context, builder, x, v_x, ir.Constant(v_place.type, 0))
+        target = llvm.address(context, builder, out, v_out, v_place)
+        rest = builder.and_(v_place, ir.Constant(v_place.type, vector.count - 1))
+        is_aligned = builder.icmp_signed("==", rest, ir.Constant(v_place.type, 0))
+
+        def copy(is_past: bool) -> None:
+            def body(at: Any, mask: Any) -> None:
+                value = llvm.load(builder, builder.gep(source, [at]), vector, mask)
+                address = builder.gep(target, [at])
+                if is_past and mask is None:
+                    llvm.store_past(builder, value, address)
+                else:
+                    llvm.store(builder, value, address, mask)
+
+            llvm.over(builder, count[0], vector, body)
+
+        with builder.if_else(is_aligned) as (past, through):
+            with past:
+                copy(True)
+            with through:
+                copy(False)
+        return context.get_dummy_value()
+
+    return types.void(out, llvm.INT, x), generate
+
+
+@intrinsic
+def settle(typing: Any) -> Any:
+    """Ends what was written past the cache."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
 def _round_up(builder: Any, count: Any, step: Any) -> Any:
     return builder.add(count, builder.sub(step, ir.Constant(count.type, 1)))

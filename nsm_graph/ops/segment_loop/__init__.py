@@ -28,7 +28,7 @@ def segment_loop(
     *,
     keep: bool = True,
     backend: str | None = None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     r"""Reads all segments of all examples into their states.
 
     .. math::
@@ -53,7 +53,8 @@ def segment_loop(
 
     Shapes:
         - **input:** states :math:`(BN, C)`, routed :math:`(GN, C)`, key and value :math:`(T, C)`
-        - **output:** states after every step, :math:`(GN, C)`, in the order of ``routed``
+        - **output:** states after every step, :math:`(GN, C)`, in the order of ``routed``, and
+          after the last step of each example, :math:`(BN, C)`
 
     Raises:
         ValueError: If shapes or types disagree.
@@ -64,9 +65,7 @@ def segment_loop(
     if backend is None:
         backend = "cpu" if states.is_cpu and states.dtype == torch.float32 else "reference"
     if backend == "reference" or routed.numel() == 0:
-        return reference.segment_loop(
-            states, routed, key, value, segments.token_ptr, segments.num_active, weights, heads
-        )
+        return reference.segment_loop(states, routed, key, value, segments, weights, heads)
     from nsm_graph.ops.segment_loop import fused
 
     return fused.segment_loop(states, routed, key, value, segments, weights, heads, keep)

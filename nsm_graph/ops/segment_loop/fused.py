@@ -24,8 +24,8 @@ STEP_BYTES = 1 << 19
 #: Examples that a thread takes at a time, at most.
 MOST_EXAMPLES = 8
 
-#: What the last backward no longer needed, by sizes; at most one.
-_spare: dict[tuple, cpu.Saved] = {}
+#: Where the last backward's steps were kept, for the next forward of the same size; at most one.
+_spare: dict[tuple[int, torch.dtype], np.ndarray] = {}
 
 
 def segment_loop(
@@ -37,8 +37,8 @@ def segment_loop(
     weights: LoopWeights,
     heads: int,
     keep: bool,
-) -> Tensor:
-    """States after every step, ``[G N, C]``."""
+) -> tuple[Tensor, Tensor]:
+    """States after every step, ``[G N, C]``, and after each example's last."""
     has_grad = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (states, routed, key, value, *weights)
     )
@@ -53,34 +53,41 @@ class _Loop(torch.autograd.Function):
     @staticmethod
     def forward(ctx, segments, heads, is_kept, states, routed, key, value, *weights):  # type: ignore[no-untyped-def]
         run = _Run(segments, heads, is_kept, states, routed, key, value, weights)
-        after = run.forward()
+        after, final = run.forward()
         ctx.run = run
         ctx.options = segments, heads
         ctx.save_for_backward(states, routed, key, value, after, *weights)
-        return after
+        ctx.set_materialize_grads(False)  # most want the final states only
+        return after, final
 
     @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+    def backward(ctx, d_after, d_final):  # type: ignore[no-untyped-def]
         states, routed, key, value, after, *weights = ctx.saved_tensors
         if torch.is_grad_enabled():
             given = [states, routed, key, value, *weights]
-            return None, None, None, *_through_the_reference(grad, given, *ctx.options)
-        return None, None, None, *ctx.run.backward(grad, after)
+            found = _through_the_reference([d_after, d_final], given, *ctx.options)
+            return None, None, None, *found
+        return None, None, None, *ctx.run.backward(d_after, d_final, after)
 
 
-def _through_the_reference(grad, given, segments, heads):  # type: ignore[no-untyped-def]
+def _through_the_reference(grads, given, segments, heads):  # type: ignore[no-untyped-def]
     """The same gradients in a form that has gradients itself."""
     with torch.enable_grad():
         # Views: what one input makes of another belongs to the caller's graph, not to this one.
         given = [None if x is None else x.view_as(x) for x in given]
         states, routed, key, value, *weights = given
-        after = reference.segment_loop(
-            states, routed, key, key if value is None else value, segments.token_ptr,
-            segments.num_active, LoopWeights(*weights), heads,
+        results = reference.segment_loop(
+            states, routed, key, key if value is None else value, segments, LoopWeights(*weights),
+            heads,
         )  # fmt: skip
+        asked = [(x, grad) for x, grad in zip(results, grads, strict=True) if grad is not None]
         wanted = [x for x in given if x is not None and x.requires_grad]
-        found = iter(torch.autograd.grad(after, wanted, grad, create_graph=True, allow_unused=True))
-    return [next(found) if x is not None and x.requires_grad else None for x in given]
+        outputs, directions = zip(*asked, strict=True)
+        found = torch.autograd.grad(
+            outputs, wanted, directions, create_graph=True, allow_unused=True
+        )
+    rest = iter(found)
+    return [next(rest) if x is not None and x.requires_grad else None for x in given]
 
 
 # One call ##########################################################################
@@ -105,7 +112,8 @@ class _Run:
         self.chunks = self._share()
         self.most_examples = max(int((part[:, 1] - part[:, 0]).max()) for part in self.chunks)
         self.longest = int(np.diff(self.segments.token_ptr).max())
-        self.saved: list[cpu.Saved] = []
+        self.places, self.kept_size = self._find_places() if is_kept else (self.chunks, 0)
+        self.kept: np.ndarray | None = None
 
     def _share(self) -> list[np.ndarray]:
         """For each thread, ranges of examples."""
@@ -119,45 +127,70 @@ class _Run:
         # Examples stand longest first: threads take turns.
         return [ranges[thread::num_threads].copy() for thread in range(num_threads)]
 
-    def forward(self) -> Tensor:
-        self.saved, after = self._read()
-        return after
+    def _find_places(self) -> tuple[list[np.ndarray], int]:
+        """Where each step is kept, ``[chunks, steps]`` for each thread, and how much that is."""
+        ptr, first, num_active = self.segments
+        ranges = np.concatenate(self.chunks)
+        start, end = (column[:, None] for column in ranges.T)
+        counts = (np.minimum(end, num_active) - start).clip(min=0)
+        group = np.minimum(first + start, len(ptr) - 1)
+        tokens = ptr[np.minimum(group + counts, len(ptr) - 1)] - ptr[group]
+        sizes = cpu.record_size(
+            counts * self.num_states, tokens, self.states.shape[1], self.num_states, self.heads,
+            self.has_talk,
+        )  # fmt: skip
+        ends = sizes.cumsum().reshape(sizes.shape)
+        cuts = np.cumsum([len(part) for part in self.chunks])[:-1]
+        return [np.ascontiguousarray(x) for x in np.split(ends - sizes, cuts)], int(ends[-1, -1])
 
-    def _read(self) -> tuple[list[cpu.Saved], Tensor]:
-        places = self._take()
+    def forward(self) -> tuple[Tensor, Tensor]:
+        self.kept, after, final = self._read()
+        return after, final
+
+    def _read(self) -> tuple[np.ndarray, Tensor, Tensor]:
+        kept = self._take()
         after = torch.empty(self.routed.shape, dtype=self.dtype)
+        final = torch.empty(self.states.shape, dtype=self.dtype)
+        num_read = int(self.segments.num_active[0]) * self.num_states
+        final[num_read:] = torch.from_numpy(self.states[num_read:])
         calls = [
             (
-                self.states, self.routed, self.key, self.value, self.segments, self.weights, saved,
-                self._scratch(), after.numpy(), self.heads, self.num_states, chunks, self.is_kept,
+                self.states, self.routed, self.key, self.value, self.segments, self.weights,
+                self._made(), self._scratch(), kept, places, after.numpy(), final.numpy(),
+                self.heads, self.num_states, chunks,
             )
-            for saved, chunks in zip(places, self.chunks, strict=True)
+            for chunks, places in zip(self.chunks, self.places, strict=True)
         ]  # fmt: skip
         run_all(cpu.forward_kernel, calls)
-        return places, after
+        return kept, after, final
 
-    def backward(self, grad: Tensor, after: Tensor) -> list[Tensor | None]:
-        # Whoever goes back through a retained graph at the same time must not use these, too.
-        places, self.saved = self.saved, []
-        if not places:  # a second backward
-            places, _ = self._read()
+    def backward(
+        self, d_after: Tensor | None, d_final: Tensor | None, after: Tensor
+    ) -> list[Tensor | None]:
+        # Whoever goes back through a retained graph at the same time must not use this, too.
+        kept, self.kept = self.kept, None
+        if kept is None:  # a second backward
+            kept, _, _ = self._read()
         turned = cpu.Weights(*(arrays.place(x.t() if x.dim() == 2 else x) for x in self.turned))
         grads = [[torch.zeros(x.shape, dtype=self.dtype) for x in self.turned] for _ in self.chunks]
         d_states = np.zeros_like(self.states)
         d_routed, d_key = np.empty_like(self.routed), np.empty_like(self.key)
         d_value = d_key if self.is_shared else np.empty_like(self.value)
-        d_after = arrays.array(grad)
+        nothing = np.empty((0, self.states.shape[1]), self.states.dtype)
+        given = [nothing if grad is None else arrays.array(grad) for grad in (d_after, d_final)]
+        if d_final is not None:
+            d_states[:] = given[1]  # of examples that never read; the others' are written over
         calls = [
             (
-                d_after, self.states, self.routed, self.key, self.value, self.segments,
-                self.weights, turned, saved, self._scratch(), after.numpy(),
+                *given, self.states, self.routed, self.key, self.value, self.segments,
+                self.weights, turned, self._made(), self._scratch(), kept, places, after.numpy(),
                 cpu.Weights(*(x.numpy() for x in part)), d_states, d_routed, d_key, d_value,
-                self.heads, self.num_states, chunks, self.is_kept, self.is_shared,
+                self.heads, self.num_states, chunks, self.is_shared,
             )
-            for saved, part, chunks in zip(places, grads, self.chunks, strict=True)
+            for part, chunks, places in zip(grads, self.chunks, self.places, strict=True)
         ]  # fmt: skip
         run_all(cpu.backward_kernel, calls)
-        self._give_back(places)
+        self._give_back(kept)
         total = [sum(parts[1:], parts[0]) for parts in zip(*grads, strict=True)]
         rows = (d_states, d_routed, d_key, None if self.is_shared else d_value)
         return [
@@ -165,42 +198,28 @@ class _Run:
             *_turn_back(total, self.heads, self.has_talk),
         ]
 
-    # Where a step's results are kept
+    # Memory
 
-    @property
-    def _num_places(self) -> tuple[int, int]:
-        """Groups and tokens that there must be room for."""
-        if self.is_kept:
-            return len(self.segments.token_ptr) - 1, self.key.shape[0]
-        return self.most_examples, self.most_examples * self.longest
-
-    def _take(self) -> list[cpu.Saved]:
-        if not self.is_kept:
-            return [self._make_saved(*self._num_places) for _ in self.chunks]
+    def _take(self) -> np.ndarray:
         # New memory costs a page fault every 4 KiB, a tenth of a step: the last one serves again.
-        saved = _spare.pop(self._key(), None) or self._make_saved(*self._num_places)
-        return [saved] * len(self.chunks)
+        spare = _spare.pop((self.kept_size, self.dtype), None)
+        return arrays.empty(self.dtype, self.kept_size) if spare is None else spare
 
-    def _give_back(self, places: list[cpu.Saved]) -> None:
+    def _give_back(self, kept: np.ndarray) -> None:
         if self.is_kept:
             _spare.clear()
-            _spare[self._key()] = places[0]
+            _spare[self.kept_size, self.dtype] = kept
 
-    def _key(self) -> tuple:
-        sizes = self.states.shape[1], self.num_states, self.heads, self.has_talk
-        return *self._num_places, *sizes, self.dtype
-
-    def _make_saved(self, num_groups: int, num_tokens: int) -> cpu.Saved:
-        rows, channels = num_groups * self.num_states, self.states.shape[1]
+    def _made(self) -> cpu.Made:
+        rows, channels = self.most_examples * self.num_states, self.states.shape[1]
         talk_rows = rows if self.has_talk else 0
         weight = self.heads * self.num_states
-
         empty = partial(arrays.empty, self.dtype)
-        return cpu.Saved(
+        return cpu.Made(
             x=empty(rows, arrays.spread(4 * channels)),
             query=empty(rows, channels),
             attended=empty(rows, channels),
-            weights=empty(num_tokens * weight),
+            weights=empty(self.most_examples * self.longest * weight),
             gates=empty(rows, 3 * channels),
             qkv=empty(talk_rows, 3 * channels),
             talk=empty(talk_rows * weight),

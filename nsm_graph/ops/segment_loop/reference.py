@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nsm_graph.ops.segment_loop.inputs import LoopWeights
+from nsm_graph.ops.segment_loop.inputs import LoopSegments, LoopWeights
 
 
 def segment_loop(
@@ -17,17 +17,18 @@ def segment_loop(
     routed: Tensor,
     key: Tensor,
     value: Tensor,
-    token_ptr: Tensor,
-    num_active: Tensor,
+    segments: LoopSegments,
     w: LoopWeights,
     heads: int,
-) -> Tensor:
-    """States after every step, ``[G N, C]``."""
+) -> tuple[Tensor, Tensor]:
+    """States after every step, ``[G N, C]``, and after each example's last, ``[B N, C]``."""
+    token_ptr, num_active = segments
     num_groups = token_ptr.numel() - 1
     if num_groups == 0:
-        return routed + 0 * (key[:0].sum() + value[:0].sum() + states[:0].sum())
+        nothing = 0 * (key[:0].sum() + value[:0].sum() + states[:0].sum())
+        return routed + nothing, states + nothing
     num_states = routed.size(0) // num_groups
-    after = []
+    after, finished = [], []
     group = 0
     for count in num_active.tolist():
         if count == 0:
@@ -35,6 +36,7 @@ def segment_loop(
         counts = token_ptr[group : group + count + 1].diff()
         first, end = int(token_ptr[group]), int(token_ptr[group + count])
         state = states[: count * num_states]
+        finished.append(states[count * num_states :])
         key_BLC, mask_BL = _padded(key[first:end], counts)
         value_BLC, _ = _padded(value[first:end], counts)
         rows = slice(group * num_states, (group + count) * num_states)
@@ -55,7 +57,8 @@ def segment_loop(
             states = F.layer_norm(states, states.shape[1:], w.scale, w.shift)
         after.append(states)
         group += count
-    return torch.cat(after)
+    # Examples finish from the back.
+    return torch.cat(after), torch.cat([states, *finished[::-1]])
 
 
 def _padded(rows: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:

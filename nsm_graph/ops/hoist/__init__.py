@@ -1,0 +1,95 @@
+"""What the loop over segments reads of tokens, for all segments at once.
+
+Keys, values and projected routed sums depend on tokens only, so they leave the loop. One operation
+makes them all, because each alone passes over every token. `README.md` has the derivation.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nsm_graph.ops.hoist import reference
+from nsm_graph.ops.hoist.inputs import Hoisted as Hoisted
+from nsm_graph.ops.hoist.inputs import HoistWeights as HoistWeights
+from nsm_graph.ops.hoist.inputs import TokenGroups as TokenGroups
+
+BACKENDS = ("cpu", "reference")
+
+
+def hoist(
+    x: Tensor,
+    groups: TokenGroups,
+    weights: HoistWeights,
+    heads: int,
+    *,
+    backend: str | None = None,
+) -> Hoisted:
+    r"""Projects and routes all tokens.
+
+    .. math::
+        k_i = W_k x_i + b_k, \quad v_i = W_v x_i + b_v, \quad
+        w_{ij} = \tfrac{1}{H} \textstyle\sum_h \mathrm{softmax}_j (z_{h,j} \cdot x_i + b_{h,j}),
+        \quad r_{gj} = W_o \textstyle\sum_{i \in g} w_{ij} x_i + b_o
+
+    Args:
+        x: The tokens, those of a group one after another.
+        groups: Which tokens each group holds; the result stands in the order of groups.
+        weights: The projections.
+        heads: H, of the router.
+        backend: ``"cpu"``, ``"reference"``, or ``None`` for the kernel where tokens are in float32
+            on a CPU. (default: :obj:`None`)
+
+    Shapes:
+        - **input:** x :math:`(T, C_t)`
+        - **output:** key and value :math:`(T, C)`, routed :math:`(GN, C)`, weights :math:`(TN,)`
+
+    Raises:
+        ValueError: If shapes or types disagree, or the backend is unknown.
+    """
+    if backend not in (*BACKENDS, None):
+        raise ValueError(f"backend must be one of {BACKENDS} or None, but is {backend!r}")
+    _check(x, groups, weights, heads)
+    if backend is None:
+        backend = "cpu" if x.is_cpu and x.dtype == torch.float32 else "reference"
+    if backend == "reference" or groups.first.numel() == 0:
+        return reference.hoist(x, groups, weights, heads)
+    from nsm_graph.ops.hoist import fused
+
+    return fused.hoist(x, groups, weights, heads)
+
+
+def _check(x: Tensor, groups: TokenGroups, w: HoistWeights, heads: int) -> None:
+    """Raises unless everything fits."""
+    if x.dim() != 2:
+        raise ValueError(f"x must have shape (tokens, channels), but has {tuple(x.shape)}")
+    channels, width, rows = w.key.size(0), x.size(1), w.logits.size(0)
+    if heads < 1 or rows == 0 or rows % heads != 0:
+        raise ValueError(f"heads={heads} must divide the {rows} rows of weights.logits")
+    sizes = {
+        "key": (channels, width), "key_bias": (channels,), "value": (channels, width),
+        "value_bias": (channels,), "logits": (rows, width), "logits_bias": (rows,),
+        "out": (channels, width), "out_bias": (channels,),
+    }  # fmt: skip
+    for (name, size), tensor in zip(sizes.items(), w, strict=True):
+        if tensor is None:
+            if name not in ("value", "value_bias") or (w.value is None) != (w.value_bias is None):
+                raise ValueError(f"weights.{name} is missing")
+        elif (tensor.shape, tensor.dtype, tensor.device) != (size, x.dtype, x.device):
+            raise ValueError(
+                f"weights.{name} must have shape {size} in {x.dtype} on {x.device}, but has "
+                f"{tuple(tensor.shape)} in {tensor.dtype} on {tensor.device}"
+            )
+    first, ptr = groups
+    if ptr.numel() != first.numel() + 1 or int(ptr[0]) != 0 or bool((ptr.diff() < 1).any()):
+        raise ValueError(
+            f"groups.ptr must begin at 0 and grow {first.numel()} times, once a group, but is "
+            f"{ptr.tolist()[:8]} ... ({ptr.numel()} numbers)"
+        )
+    if first.numel() > 0:
+        end = first + ptr.diff()
+        if int(first.min()) < 0 or int(end.max()) > x.size(0):
+            raise ValueError(
+                f"groups reach from token {int(first.min())} to {int(end.max())}, but x has "
+                f"{x.size(0)} rows"
+            )

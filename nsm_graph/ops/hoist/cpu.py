@@ -1,0 +1,212 @@
+"""Hoisting for processors: one pass forward and one backward over blocks of tokens.
+
+A block is a few groups, so that their tokens stay in the first-level cache while keys, logits,
+softmax and routed sums are made of them. Logits stand as [heads and states, tokens]: a softmax over
+states runs down columns, lane by lane, and products are those of the segment loop.
+
+Legend: n tokens and m groups of a block, N states of an example, H heads, C_t channels of tokens.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import numba
+
+from nsm_graph.ops.cpu import vectors
+from nsm_graph.ops.cpu.compiled import BORROWING, Kernel
+from nsm_graph.ops.cpu.matmul import add_product, affine, multiply
+
+Array = Any  # numpy arrays in Python, Numba's in kernels
+
+
+class Weights(NamedTuple):
+    """Projections; `logits` is [H N, C_t], the other matrices are [in, out] or, turned, [out, in].
+
+    `value` is empty where values are keys.
+    """
+
+    key: Array
+    key_bias: Array
+    value: Array
+    value_bias: Array
+    logits: Array
+    logits_bias: Array
+    out: Array
+    out_bias: Array
+
+
+class Scratch(NamedTuple):
+    """Where a thread works, for one block."""
+
+    x: Array  #: [n, C_t]
+    x_turned: Array  #: [C_t, n]
+    heads: Array  #: [H N, n], logits, then weights of every head
+    weights: Array  #: [N, n], their mean
+    sums: Array  #: [m N, C_t], routed sums before their projection
+    d_sums: Array  #: [m N, C_t]
+    d_weights: Array  #: [N, n]
+    d_heads: Array  #: [H N, n]
+    d_x: Array  #: [n, C_t]
+
+
+@numba.njit(**BORROWING)
+def _end_of_block(ptr, group, end, room):  # type: ignore[no-untyped-def]
+    """The first group that no longer fits."""
+    last = group + 1
+    while last < end and ptr[last + 1] - ptr[group] <= room:
+        last += 1
+    return last
+
+
+@numba.njit(**BORROWING)
+def _route(w, s, x, first, ptr, group, end, heads, num_states):  # type: ignore[no-untyped-def]
+    """Reads a block's tokens; makes weights of every head, their mean, and the routed sums."""
+    start, count = ptr[group], ptr[end] - ptr[group]
+    for g in range(group, end):
+        for i in range(ptr[g + 1] - ptr[g]):
+            source, target = x[first[g] + i], s.x[ptr[g] - start + i]
+            for j in range(x.shape[1]):
+                target[j] = source[j]
+    vectors.transpose(s.x_turned[:, :count], s.x[:count])
+    for row in range(heads * num_states):
+        logits = s.heads[row, :count]
+        for i in range(count):
+            logits[i] = w.logits_bias[row]
+    add_product(s.heads[:, :count], w.logits[:, : x.shape[1]], s.x_turned[:, :count])
+    for head in range(heads):
+        vectors.softmax_columns(s.heads[head * num_states : (head + 1) * num_states, :count])
+    share = x.dtype.type(1) / x.dtype.type(heads)
+    for n in range(num_states):
+        mean = s.weights[n, :count]
+        for i in range(count):
+            mean[i] = s.heads[n, i] * share
+        for head in range(1, heads):
+            own = s.heads[head * num_states + n, :count]
+            for i in range(count):
+                mean[i] += own[i] * share
+    for g in range(group, end):
+        tokens = slice(ptr[g] - start, ptr[g + 1] - start)
+        rows = slice((g - group) * num_states, (g - group + 1) * num_states)
+        multiply(s.sums[rows], s.weights[:, tokens], s.x[tokens])
+
+
+@partial(Kernel, options=BORROWING)
+def forward_kernel(
+    x: Array,
+    first: Array,
+    ptr: Array,
+    w: Weights,
+    s: Scratch,
+    key: Array,
+    value: Array,
+    routed: Array,
+    weights: Array,
+    heads: int,
+    num_states: int,
+    room: int,
+    group: int,
+    last: int,
+) -> None:
+    """Keys, values, projected sums and weights of the groups from ``group`` to ``last``."""
+    while group < last:
+        end = _end_of_block(ptr, group, last, room)
+        _route(w, s, x, first, ptr, group, end, heads, num_states)
+        start, count = ptr[group], ptr[end] - ptr[group]
+        affine(key[ptr[group] : ptr[end]], s.x[:count], w.key, w.key_bias)
+        if w.value.shape[0] > 0:
+            affine(value[ptr[group] : ptr[end]], s.x[:count], w.value, w.value_bias)
+        rows = slice(group * num_states, end * num_states)
+        affine(routed[rows], s.sums[: (end - group) * num_states], w.out, w.out_bias)
+        for g in range(group, end):
+            for n in range(num_states):
+                length = ptr[g + 1] - ptr[g]
+                place = ptr[g] * num_states + n * length
+                source = s.weights[n, ptr[g] - start : ptr[g + 1] - start]
+                target = weights[place : place + length]
+                for i in range(length):
+                    target[i] = source[i]
+        group = end
+
+
+@numba.njit(**BORROWING)
+def _add_rows(total, rows):  # type: ignore[no-untyped-def]
+    for i in range(rows.shape[0]):
+        row = rows[i, : total.shape[0]]
+        for j in range(total.shape[0]):
+            total[j] += row[j]
+
+
+@numba.njit(**BORROWING)
+def _project_backward(grad, grad_bias, d_x, d_rows, x, turned):  # type: ignore[no-untyped-def]
+    """Of ``rows = x W + b``: adds to the gradients of W, of b and of x."""
+    add_product(grad, x.T, d_rows)
+    _add_rows(grad_bias, d_rows)
+    add_product(d_x, d_rows, turned)
+
+
+@partial(Kernel, options=BORROWING)
+def backward_kernel(
+    x: Array,
+    first: Array,
+    ptr: Array,
+    w: Weights,
+    t: Weights,
+    s: Scratch,
+    d_key: Array,
+    d_value: Array,
+    d_routed: Array,
+    grads: Weights,
+    d_x: Array,
+    heads: int,
+    num_states: int,
+    room: int,
+    group: int,
+    last: int,
+) -> None:
+    """Gradients of the tokens of these groups; adds to ``grads``, where `logits` is [H N, C_t]."""
+    zero = x.dtype.type(0)
+    share = x.dtype.type(1) / x.dtype.type(heads)
+    while group < last:
+        end = _end_of_block(ptr, group, last, room)
+        _route(w, s, x, first, ptr, group, end, heads, num_states)
+        start, count = ptr[group], ptr[end] - ptr[group]
+        num_rows = (end - group) * num_states
+        dx = s.d_x[:count]
+        d_sums = s.d_sums[:num_rows]
+        dx[:] = zero
+        d_sums[:] = zero
+        rows = d_routed[group * num_states : end * num_states]
+        _project_backward(grads.out, grads.out_bias, d_sums, rows, s.sums[:num_rows], t.out)
+        rows = d_key[ptr[group] : ptr[end]]
+        _project_backward(grads.key, grads.key_bias, dx, rows, s.x[:count], t.key)
+        if w.value.shape[0] > 0:
+            rows = d_value[ptr[group] : ptr[end]]
+            _project_backward(grads.value, grads.value_bias, dx, rows, s.x[:count], t.value)
+        for g in range(group, end):
+            tokens = slice(ptr[g] - start, ptr[g + 1] - start)
+            own = d_sums[(g - group) * num_states : (g - group + 1) * num_states]
+            multiply(s.d_weights[:, tokens], own, s.x_turned[:, tokens])
+            add_product(dx[tokens], s.weights[:, tokens].T, own)
+        for head in range(heads):
+            block = slice(head * num_states, (head + 1) * num_states)
+            for n in range(num_states):
+                source, target = s.d_weights[n, :count], s.d_heads[head * num_states + n, :count]
+                for i in range(count):
+                    target[i] = source[i] * share
+            vectors.softmax_columns_backward(s.d_heads[block, :count], s.heads[block, :count])
+        for row in range(heads * num_states):
+            slopes = s.d_heads[row, :count]
+            total = zero
+            for i in range(count):
+                total += slopes[i]
+            grads.logits_bias[row] += total
+        add_product(grads.logits, s.d_heads[:, :count], s.x[:count])
+        add_product(dx, s.d_heads[:, :count].T, w.logits)
+        for g in range(group, end):
+            for i in range(ptr[g + 1] - ptr[g]):
+                source, target = dx[ptr[g] - start + i], d_x[first[g] + i]
+                for j in range(target.shape[0]):
+                    target[j] = source[j]
+        group = end

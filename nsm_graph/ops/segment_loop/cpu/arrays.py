@@ -1,0 +1,64 @@
+"""What the kernels of the segment loop are given, and where they work."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+Array = Any  # numpy arrays in Python, Numba's in kernels
+
+
+class Weights(NamedTuple):
+    """The cell's parameters; matrices are [in, out], or [out, in] where backward needs them so."""
+
+    query: Array
+    query_bias: Array
+    out: Array
+    out_bias: Array
+    gates: Array
+    gates_bias: Array
+    candidate: Array
+    candidate_bias: Array
+    qkv: Array
+    qkv_bias: Array
+    mix: Array
+    mix_bias: Array
+    scale: Array
+    shift: Array
+
+
+class Segments(NamedTuple):
+    """Which tokens and which rows each step of the loop concerns."""
+
+    token_ptr: Array  #: [groups + 1]
+    first_group: Array  #: [steps], the group of the first example
+    num_active: Array  #: [steps], examples that still read; the first ones, longest first
+
+
+class Made(NamedTuple):
+    """What a step makes, one row per state: backward reads it. It stays in a thread's cache."""
+
+    x: Array  #: [rows, >= 4 C]: state, update, reset * state, candidate mixed in
+    query: Array  #: [rows, C]
+    attended: Array  #: [rows, C]
+    weights: Array  #: [tokens H N], by group and head [tokens, N]
+    gates: Array  #: [rows, 3 C]: reset, update, candidate
+    qkv: Array  #: [rows, 3 C]
+    talk: Array  #: [rows H N], by example and head [N, N]
+    mixed: Array  #: [rows, C]
+    normal: Array  #: [rows, C], normalised
+    inverse: Array  #: [rows], one over the standard deviation
+
+
+class Scratch(NamedTuple):
+    """Where a thread works; as many rows as the states of the examples that it takes at a time."""
+
+    turned: Array  #: [D, N], an operand of attention, transposed
+    slopes: Array  #: [longest segment N], gradients of attention's weights
+    after: Array  #: [rows, C], a step's result that is made again
+    d_state: Array  #: [rows, C]; gradients, by the names of `Made`
+    d_mixed: Array  #: [rows, C]
+    d_query: Array  #: [rows, C]
+    d_attended: Array  #: [rows, C]
+    d_gates: Array  #: [rows, 3 C]
+    d_x: Array  #: [rows, 3 C]
+    d_qkv: Array  #: [rows, 3 C]

@@ -1,0 +1,256 @@
+"""The segment loop backward: one step, and all of them from the last to the first.
+
+Legend as in `forward.py`; the equations stand in the README beside this package, numbered.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numba
+
+from nsm_graph.ops.cpu import vectors
+from nsm_graph.ops.cpu.compiled import BORROWING, Kernel
+from nsm_graph.ops.cpu.matmul import add_product, multiply
+from nsm_graph.ops.segment_loop.cpu.arrays import Array, Made, Scratch, Segments, Weights
+from nsm_graph.ops.segment_loop.cpu.forward import copy_rows, take_step
+from nsm_graph.ops.segment_loop.cpu.history import recall
+
+# One step ##########################################################################
+
+
+@numba.njit(**BORROWING)
+def _attend_backward(  # type: ignore[no-untyped-def]
+    d_query, d_key, d_value, d_out, weights, query, key, value, turned, slopes, is_shared
+):
+    """Gradients of the three operands; a key that is the value, too, has the sum of both."""
+    vectors.transpose(turned, d_out)
+    multiply(slopes, value, turned)
+    vectors.softmax_columns_backward(slopes, weights)
+    multiply(d_value, weights, d_out)
+    multiply(d_query, slopes.T, key)
+    if is_shared:
+        add_product(d_key, slopes, query)
+    else:
+        multiply(d_key, slopes, query)
+
+
+@numba.njit(**BORROWING)
+def _add_rows(total, rows, first):  # type: ignore[no-untyped-def]
+    """Adds up the columns of ``rows`` from ``first`` on, as many as ``total`` has."""
+    for i in range(rows.shape[0]):
+        row = rows[i, first : first + total.shape[0]]
+        for j in range(total.shape[0]):
+            total[j] += row[j]
+
+
+@numba.njit(**BORROWING)
+def _talk_backward(  # type: ignore[no-untyped-def]
+    w, t, made, scratch, grads, count, num_states, heads
+):
+    """From the gradient of the step's result to that of the propagated state, in place."""
+    channels = scratch.d_state.shape[1]
+    width = channels // heads
+    num_rows = count * num_states
+    d_state, d_qkv = scratch.d_state[:num_rows], scratch.d_qkv[:num_rows]
+    d_mixed, turned, slopes = scratch.d_mixed[:num_rows], scratch.turned, scratch.slopes
+    one = d_state.dtype.type(1)
+    share = one / d_state.dtype.type(channels)
+    for i in range(num_rows):
+        d, normal, inverse = d_state[i], made.normal[i], made.inverse[i]
+        mean = one - one
+        along = one - one
+        for j in range(channels):
+            grads.scale[j] += d[j] * normal[j]
+        for j in range(channels):
+            grads.shift[j] += d[j]
+        for j in range(channels):
+            d[j] *= w.scale[j]
+            mean += d[j]
+            along += d[j] * normal[j]
+        mean *= share
+        along *= share
+        for j in range(channels):
+            d[j] = inverse * (d[j] - mean - normal[j] * along)
+        for j in range(channels):
+            grads.mix_bias[j] += d[j]
+    qkv = made.qkv[:num_rows]
+    add_product(grads.mix, made.mixed[:num_rows].T, d_state)
+    multiply(d_mixed, d_state, t.mix)
+    size = num_states * num_states
+    place = 0
+    for example in range(count):
+        mine = slice(example * num_states, (example + 1) * num_states)
+        for head in range(heads):
+            first = head * width
+            q = slice(first, first + width)
+            k = slice(channels + first, channels + first + width)
+            v = slice(2 * channels + first, 2 * channels + first + width)
+            weights = made.talk[place : place + size].reshape(num_states, num_states)
+            place += size
+            _attend_backward(
+                d_qkv[mine, q], d_qkv[mine, k], d_qkv[mine, v], d_mixed[mine, q], weights,
+                qkv[mine, q], qkv[mine, k], qkv[mine, v], turned,
+                slopes[:size].reshape(num_states, num_states), False,
+            )  # fmt: skip
+    _add_rows(grads.qkv_bias, d_qkv, 0)
+    add_product(grads.qkv, made.x[:num_rows, 3 * channels : 4 * channels].T, d_qkv)
+    add_product(d_state, d_qkv, t.qkv)
+
+
+@numba.njit(**BORROWING)
+def _read_backward(  # type: ignore[no-untyped-def]
+    t, made, scratch, grads, key, value, d_key, d_value, d_routed, token_ptr, group, count,
+    num_states, heads, is_shared,
+):  # fmt: skip
+    """From the gradient of the propagated state to that of the state before, in place."""
+    channels = key.shape[1]
+    width = channels // heads
+    num_rows = count * num_states
+    one = key.dtype.type(1)
+    x = made.x[:num_rows]
+    d_state, dg, dx = (
+        scratch.d_state[:num_rows], scratch.d_gates[:num_rows], scratch.d_x[:num_rows],
+    )  # fmt: skip
+    d_query, d_attended = scratch.d_query[:num_rows], scratch.d_attended[:num_rows]
+    turned, slopes = scratch.turned, scratch.slopes
+    query, attended = made.query[:num_rows], made.attended[:num_rows]
+    for i in range(num_rows):
+        state, gates, d = x[i, :channels], made.gates[i], d_state[i]
+        mix, candidate = gates[channels : 2 * channels], gates[2 * channels :]
+        d_mix, d_candidate = dg[i, channels : 2 * channels], dg[i, 2 * channels :]
+        for j in range(channels):
+            d_candidate[j] = d[j] * mix[j] * (one - candidate[j] * candidate[j])
+        for j in range(channels):
+            d_mix[j] = d[j] * (candidate[j] - state[j]) * mix[j] * (one - mix[j])
+        for j in range(channels):
+            d[j] *= one - mix[j]
+    # Columns of dx: state, update, reset * state.
+    add_product(grads.candidate, x[:, channels : 3 * channels].T, dg[:, 2 * channels :])
+    multiply(dx[:, channels:], dg[:, 2 * channels :], t.candidate)
+    for i in range(num_rows):
+        state, reset, d = x[i, :channels], made.gates[i, :channels], d_state[i]
+        d_reset, d_both = dg[i, :channels], dx[i, 2 * channels :]
+        for j in range(channels):
+            d_reset[j] = d_both[j] * state[j] * reset[j] * (one - reset[j])
+        d_before = dx[i, :channels]
+        for j in range(channels):
+            d_before[j] = d[j] + d_both[j] * reset[j]
+    _add_rows(grads.gates_bias, dg, 0)
+    _add_rows(grads.candidate_bias, dg, 2 * channels)
+    add_product(grads.gates, x[:, : 2 * channels].T, dg[:, : 2 * channels])
+    add_product(dx[:, : 2 * channels], dg[:, : 2 * channels], t.gates)
+    d_update = dx[:, channels : 2 * channels]
+    for i in range(num_rows):
+        source, target = dx[i, channels : 2 * channels], d_routed[group * num_states + i]
+        for j in range(channels):
+            target[j] = source[j]
+    _add_rows(grads.out_bias, dx, channels)
+    add_product(grads.out, attended.T, d_update)
+    multiply(d_attended, d_update, t.out)
+    for example in range(count):
+        first, end = token_ptr[group + example], token_ptr[group + example + 1]
+        mine = slice(example * num_states, (example + 1) * num_states)
+        place = (first - token_ptr[group]) * heads * num_states
+        for head in range(heads):
+            columns = slice(head * width, (head + 1) * width)
+            size = (end - first) * num_states
+            weights = made.weights[place : place + size].reshape(end - first, num_states)
+            place += size
+            _attend_backward(
+                d_query[mine, columns], d_key[first:end, columns], d_value[first:end, columns],
+                d_attended[mine, columns], weights, query[mine, columns],
+                key[first:end, columns], value[first:end, columns], turned,
+                slopes[:size].reshape(end - first, num_states), is_shared,
+            )  # fmt: skip
+    _add_rows(grads.query_bias, d_query, 0)
+    add_product(grads.query, x[:, :channels].T, d_query)
+    for i in range(num_rows):
+        d, d_before = d_state[i], dx[i, :channels]
+        for j in range(channels):
+            d[j] = d_before[j]
+    add_product(d_state, d_query, t.query)
+
+
+# All steps #########################################################################
+
+
+@numba.njit(**BORROWING)
+def _add(total, rows):  # type: ignore[no-untyped-def]
+    for i in range(rows.shape[0]):
+        own, given = total[i], rows[i]
+        for j in range(own.shape[0]):
+            own[j] += given[j]
+
+
+@partial(Kernel, options=BORROWING)
+def backward_kernel(
+    d_after: Array,
+    d_final: Array,
+    states: Array,
+    routed: Array,
+    key: Array,
+    value: Array,
+    segments: Segments,
+    w: Weights,
+    t: Weights,
+    made: Made,
+    scratch: Scratch,
+    kept: Array,
+    places: Array,
+    after: Array,
+    grads: Weights,
+    d_states: Array,
+    d_routed: Array,
+    d_key: Array,
+    d_value: Array,
+    heads: int,
+    num_states: int,
+    chunks: Array,
+    is_shared: bool,
+) -> None:
+    """Gradients of everything, of the chunks of examples named; adds to ``grads``.
+
+    ``d_after`` or ``d_final`` may be empty: nobody asked for that result.
+    """
+    channels = states.shape[1]
+    zero = states.dtype.type(0)
+    d_state = scratch.d_state
+    for chunk in range(chunks.shape[0]):
+        example = chunks[chunk, 0]
+        known = 0  # examples whose gradient has been carried here from a later step
+        for step in range(segments.num_active.shape[0] - 1, -1, -1):
+            count = min(chunks[chunk, 1], segments.num_active[step]) - example
+            if count <= 0:
+                continue
+            group = segments.first_group[step] + example
+            rows = count * num_states
+            before = states[example * num_states :]
+            if step > 0:
+                before = after[(segments.first_group[step - 1] + example) * num_states :]
+            if kept.shape[0] > 0:
+                tokens = segments.token_ptr[group + count] - segments.token_ptr[group]
+                recall(made, kept, places[chunk, step], before, rows, tokens, num_states, heads)
+            else:
+                take_step(
+                    scratch.after[:rows], w, made, before, key, value, routed, segments, step,
+                    example, count, num_states, heads, scratch.turned,
+                )  # fmt: skip
+            if count > known:
+                d_state[known * num_states : rows] = zero
+                if d_final.shape[0] > 0:
+                    first = (example + known) * num_states
+                    _add(
+                        d_state[known * num_states : rows],
+                        d_final[first : (example + count) * num_states],
+                    )
+                known = count
+            if d_after.shape[0] > 0:
+                _add(d_state, d_after[group * num_states : group * num_states + rows])
+            if w.qkv.shape[0] > 0:
+                _talk_backward(w, t, made, scratch, grads, count, num_states, heads)
+            _read_backward(
+                t, made, scratch, grads, key, value, d_key, d_value, d_routed,
+                segments.token_ptr, group, count, num_states, heads, is_shared,
+            )  # fmt: skip
+        copy_rows(d_states[example * num_states :], d_state[: known * num_states], 0, channels)

@@ -1,0 +1,203 @@
+"""The segment loop forward: one step, and all of them.
+
+Legend: N states of an example, C channels, H heads, D = C / H; a *group* is one segment of one
+example, groups stand step by step, and rows of group g are g N .. g N + N - 1.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numba
+import numpy as np
+
+from nsm_graph.ops.cpu import vectors
+from nsm_graph.ops.cpu.compiled import BORROWING, Kernel
+from nsm_graph.ops.cpu.matmul import add_product, affine, multiply
+from nsm_graph.ops.segment_loop.cpu.arrays import Array, Made, Scratch, Segments, Weights
+from nsm_graph.ops.segment_loop.cpu.history import keep
+
+# One step ##########################################################################
+
+
+@numba.njit(**BORROWING)
+def _attend(out, weights, query, key, value, turned):  # type: ignore[no-untyped-def]
+    """One head of one example: ``out = softmax(query key') value``, weights as [keys, queries]."""
+    vectors.transpose(turned, query)
+    multiply(weights, key, turned)
+    vectors.softmax_columns(weights)
+    multiply(out, weights.T, value)
+
+
+@numba.njit(**BORROWING)
+def _read(  # type: ignore[no-untyped-def]
+    w, made, key, value, routed, token_ptr, group, count, num_states, heads, turned
+):
+    """One segment of ``count`` examples, whose states stand in ``made.x``."""
+    channels = key.shape[1]
+    width = channels // heads
+    num_rows = count * num_states
+    x = made.x[:num_rows]
+    query = made.query[:num_rows]
+    attended = made.attended[:num_rows]
+    gates = made.gates[:num_rows]
+    affine(query, x[:, :channels], w.query, w.query_bias)
+    for example in range(count):
+        first, end = token_ptr[group + example], token_ptr[group + example + 1]
+        mine = slice(example * num_states, (example + 1) * num_states)
+        place = (first - token_ptr[group]) * heads * num_states
+        for head in range(heads):
+            columns = slice(head * width, (head + 1) * width)
+            size = (end - first) * num_states
+            weights = made.weights[place : place + size].reshape(end - first, num_states)
+            place += size
+            _attend(
+                attended[mine, columns], weights, query[mine, columns],
+                key[first:end, columns], value[first:end, columns], turned,
+            )  # fmt: skip
+    for i in range(num_rows):
+        # Views of one row: what has no other stride than one is what becomes vector code.
+        start, routed_row = x[i, channels : 2 * channels], routed[group * num_states + i]
+        for j in range(channels):
+            start[j] = routed_row[j] + w.out_bias[j]
+    add_product(x[:, channels : 2 * channels], attended, w.out)
+
+    affine(gates[:, : 2 * channels], x[:, : 2 * channels], w.gates, w.gates_bias)
+    for i in range(num_rows):
+        vectors.sigmoid(gates, i, 0, 2 * channels)
+        state, reset, both = x[i, :channels], gates[i, :channels], x[i, 2 * channels : 3 * channels]
+        for j in range(channels):
+            both[j] = reset[j] * state[j]
+    affine(gates[:, 2 * channels :], x[:, channels : 3 * channels], w.candidate, w.candidate_bias)
+    for i in range(num_rows):
+        vectors.tanh(gates, i, 2 * channels, channels)
+        mix, candidate = gates[i, channels : 2 * channels], gates[i, 2 * channels :]
+        state, new = x[i, :channels], x[i, 3 * channels : 4 * channels]
+        for j in range(channels):
+            new[j] = state[j] + mix[j] * (candidate[j] - state[j])
+
+
+@numba.njit(**BORROWING)
+def _talk(w, made, out, count, num_states, heads, turned):  # type: ignore[no-untyped-def]
+    """States attend to the states of their example, residual, norm; into ``out``."""
+    channels = out.shape[1]
+    width = channels // heads
+    num_rows = count * num_states
+    qkv = made.qkv[:num_rows]
+    mixed = made.mixed[:num_rows]
+    affine(qkv, made.x[:num_rows, 3 * channels : 4 * channels], w.qkv, w.qkv_bias)
+    size = num_states * num_states
+    place = 0
+    for example in range(count):
+        mine = slice(example * num_states, (example + 1) * num_states)
+        for head in range(heads):
+            first = head * width
+            weights = made.talk[place : place + size].reshape(num_states, num_states)
+            place += size
+            _attend(
+                mixed[mine, first : first + width], weights, qkv[mine, first : first + width],
+                qkv[mine, channels + first : channels + first + width],
+                qkv[mine, 2 * channels + first : 2 * channels + first + width], turned,
+            )  # fmt: skip
+    for i in range(num_rows):
+        y, new = out[i], made.x[i, 3 * channels : 4 * channels]
+        for j in range(channels):
+            y[j] = new[j] + w.mix_bias[j]
+    add_product(out, mixed, w.mix)
+    one = out.dtype.type(1)
+    share = one / out.dtype.type(channels)
+    epsilon = out.dtype.type(1e-5)
+    for i in range(num_rows):
+        y, normal = out[i], made.normal[i]
+        mean = one - one
+        for j in range(channels):
+            mean += y[j]
+        mean *= share
+        variance = one - one
+        for j in range(channels):
+            variance += (y[j] - mean) * (y[j] - mean)
+        inverse = one / np.sqrt(variance * share + epsilon)
+        made.inverse[i] = inverse
+        for j in range(channels):
+            normal[j] = (y[j] - mean) * inverse
+        for j in range(channels):
+            y[j] = normal[j] * w.scale[j] + w.shift[j]
+
+
+@numba.njit(**BORROWING)
+def copy_rows(target, source, first, width):  # type: ignore[no-untyped-def]
+    """``target[:, first : first + width] = source``, for as many rows as the source has."""
+    for i in range(source.shape[0]):
+        given, own = source[i], target[i, first : first + width]
+        for j in range(width):
+            own[j] = given[j]
+
+
+@numba.njit(**BORROWING)
+def take_step(  # type: ignore[no-untyped-def]
+    out, w, made, before, key, value, routed, segments, step, example, count, num_states, heads,
+    turned,
+):  # fmt: skip
+    """One step of ``count`` examples: from the states that it finds to those it leaves, ``out``."""
+    channels = before.shape[1]
+    copy_rows(made.x, before[: count * num_states], 0, channels)
+    _read(
+        w, made, key, value, routed, segments.token_ptr, segments.first_group[step] + example,
+        count, num_states, heads, turned,
+    )  # fmt: skip
+    if w.qkv.shape[0] > 0:
+        _talk(w, made, out, count, num_states, heads, turned)
+    else:
+        for i in range(count * num_states):
+            new, target = made.x[i, 3 * channels : 4 * channels], out[i]
+            for j in range(channels):
+                target[j] = new[j]
+
+
+# All steps #########################################################################
+
+
+@partial(Kernel, options=BORROWING)
+def forward_kernel(
+    states: Array,
+    routed: Array,
+    key: Array,
+    value: Array,
+    segments: Segments,
+    w: Weights,
+    made: Made,
+    scratch: Scratch,
+    kept: Array,
+    places: Array,
+    after: Array,
+    final: Array,
+    heads: int,
+    num_states: int,
+    chunks: Array,
+) -> None:
+    """Reads all segments of the chunks of examples named.
+
+    Fills ``after[groups N, C]``, the states after every step, ``final[examples N, C]``, those after
+    an example's last, and ``kept``, unless it is empty.
+    """
+    channels = states.shape[1]
+    for chunk in range(chunks.shape[0]):
+        example = chunks[chunk, 0]
+        for step in range(segments.num_active.shape[0]):
+            count = min(chunks[chunk, 1], segments.num_active[step]) - example
+            if count <= 0:
+                break
+            group = segments.first_group[step] + example
+            before = states[example * num_states :]
+            if step > 0:
+                before = after[(segments.first_group[step - 1] + example) * num_states :]
+            out = after[group * num_states : (group + count) * num_states]
+            take_step(
+                out, w, made, before, key, value, routed, segments, step, example, count,
+                num_states, heads, scratch.turned,
+            )  # fmt: skip
+            if kept.shape[0] > 0:
+                tokens = segments.token_ptr[group + count] - segments.token_ptr[group]
+                keep(kept, places[chunk, step], made, count * num_states, tokens, num_states, heads)
+            # Those that read on overwrite this.
+            copy_rows(final[example * num_states :], out, 0, channels)

@@ -1,0 +1,100 @@
+"""What a step made, kept for backward outside the cache, and brought back.
+
+Writing past the cache takes half the time of writing through it, since nobody reads the line first,
+and leaves the cache to the next step. Kept is what is dear to make again: the states are kept as a
+result anyway, and two columns follow from the gates.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+
+from nsm_graph.ops.cpu import vectors
+from nsm_graph.ops.cpu.compiled import BORROWING
+
+#: Every part begins where a cache line does.
+ALIGNMENT = 16
+
+
+def record_size(rows: Any, tokens: Any, channels: int, num_states: int, heads: int,
+                has_talk: bool) -> Any:  # fmt: skip
+    """Numbers that :func:`keep` writes for a step of so many rows and tokens."""
+    parts = [rows * channels] * 3 + [tokens * heads * num_states, 3 * rows * channels]
+    if has_talk:
+        parts += [3 * rows * channels, rows * heads * num_states]
+        parts += [rows * channels] * 2 + [rows]
+    return sum(-(-part // ALIGNMENT) * ALIGNMENT for part in parts)
+
+
+@numba.njit(**BORROWING)
+def _aligned(place):  # type: ignore[no-untyped-def]
+    return (place + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
+
+
+@numba.njit(**BORROWING)
+def _keep(kept, place, part):  # type: ignore[no-untyped-def]
+    """Writes a part; where the next one begins."""
+    vectors.write_past(kept, place, part)
+    return _aligned(place + part.shape[0])
+
+
+@numba.njit(**BORROWING)
+def keep(kept, place, made, rows, tokens, num_states, heads):  # type: ignore[no-untyped-def]
+    """Writes what a step made to ``kept[place:]``."""
+    channels = made.query.shape[1]
+    for i in range(rows):
+        vectors.write_past(kept, place + i * channels, made.x[i, channels : 2 * channels])
+    place = _aligned(place + rows * channels)
+    place = _keep(kept, place, made.query[:rows].reshape(-1))
+    place = _keep(kept, place, made.attended[:rows].reshape(-1))
+    place = _keep(kept, place, made.weights[: tokens * heads * num_states])
+    place = _keep(kept, place, made.gates[:rows].reshape(-1))
+    if made.qkv.shape[0] > 0:
+        place = _keep(kept, place, made.qkv[:rows].reshape(-1))
+        place = _keep(kept, place, made.talk[: rows * heads * num_states])
+        place = _keep(kept, place, made.mixed[:rows].reshape(-1))
+        place = _keep(kept, place, made.normal[:rows].reshape(-1))
+        place = _keep(kept, place, made.inverse[:rows])
+    vectors.settle()
+
+
+@numba.njit(**BORROWING)
+def _recall(part, kept, place):  # type: ignore[no-untyped-def]
+    """Reads a part; where the next one begins."""
+    source = kept[place : place + part.shape[0]]
+    for i in range(part.shape[0]):
+        part[i] = source[i]
+    return _aligned(place + part.shape[0])
+
+
+@numba.njit(**BORROWING)
+def recall(made, kept, place, before, rows, tokens, num_states, heads):  # type: ignore[no-untyped-def]
+    """Brings back what a step made of the states ``before`` it."""
+    channels = made.query.shape[1]
+    updates = place
+    place = _aligned(place + rows * channels)
+    place = _recall(made.query[:rows].reshape(-1), kept, place)
+    place = _recall(made.attended[:rows].reshape(-1), kept, place)
+    place = _recall(made.weights[: tokens * heads * num_states], kept, place)
+    place = _recall(made.gates[:rows].reshape(-1), kept, place)
+    if made.qkv.shape[0] > 0:
+        place = _recall(made.qkv[:rows].reshape(-1), kept, place)
+        place = _recall(made.talk[: rows * heads * num_states], kept, place)
+        place = _recall(made.mixed[:rows].reshape(-1), kept, place)
+        place = _recall(made.normal[:rows].reshape(-1), kept, place)
+        place = _recall(made.inverse[:rows], kept, place)
+    for i in range(rows):
+        old, gates = before[i], made.gates[i]
+        reset, mix = gates[:channels], gates[channels : 2 * channels]
+        candidate, update = gates[2 * channels :], kept[updates + i * channels :]
+        x = made.x[i]
+        for j in range(channels):
+            x[j] = old[j]
+        for j in range(channels):
+            x[channels + j] = update[j]
+        for j in range(channels):
+            x[2 * channels + j] = reset[j] * old[j]
+        for j in range(channels):
+            x[3 * channels + j] = old[j] + mix[j] * (candidate[j] - old[j])
