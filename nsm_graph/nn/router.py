@@ -189,10 +189,10 @@ class TokenToStateRouter(MessagePassing):
         shape = (self.num_states, self.heads)
         weight = self.lin_logits.weight.unflatten(0, shape).transpose(0, 1)
         bias = self.lin_logits.bias.unflatten(0, shape).transpose(0, 1)
-        if importance is not None:
-            bias = bias + F.logsigmoid(importance)
         if slots is not None:
             weight, bias = weight[:, slots], bias[:, slots]
+        if importance is not None:
+            bias = bias + F.logsigmoid(importance if slots is None else importance[slots])
         return weight.flatten(0, 1), bias.flatten()
 
     def route(
