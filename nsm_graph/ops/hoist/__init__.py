@@ -45,13 +45,19 @@ def hoist(
         - **output:** key and value :math:`(T, C)`, routed :math:`(GN, C)`, weights :math:`(TN,)`
 
     Raises:
-        ValueError: If shapes or types disagree, or the backend is unknown.
+        ValueError: If shapes or types disagree, a token belongs to two groups, or the backend does
+            not know what it is given.
     """
     if backend not in (*BACKENDS, None):
         raise ValueError(f"backend must be one of {BACKENDS} or None, but is {backend!r}")
     _check(x, groups, weights, heads)
     if backend is None:
         backend = "cpu" if x.is_cpu and x.dtype == torch.float32 else "reference"
+    elif backend == "cpu" and not (x.is_cpu and x.dtype in (torch.float32, torch.float64)):
+        raise ValueError(
+            f"the kernel takes torch.float32 and torch.float64 on cpu, but x is {x.dtype} on "
+            f"{x.device}; ask for backend='reference'"
+        )
     if backend == "reference" or groups.first.numel() == 0:
         return reference.hoist(x, groups, weights, heads)
     from nsm_graph.ops.hoist import fused
@@ -81,6 +87,12 @@ def _check(x: Tensor, groups: TokenGroups, w: HoistWeights, heads: int) -> None:
                 f"{tuple(tensor.shape)} in {tensor.dtype} on {tensor.device}"
             )
     first, ptr = groups
+    for name, index in (("first", first), ("ptr", ptr)):
+        if index.dim() != 1 or index.dtype != torch.int64 or not index.is_cpu:
+            raise ValueError(
+                f"groups.{name} must have one dimension in torch.int64 on cpu, but has "
+                f"{index.dim()} in {index.dtype} on {index.device}"
+            )
     if ptr.numel() != first.numel() + 1 or int(ptr[0]) != 0 or bool((ptr.diff() < 1).any()):
         raise ValueError(
             f"groups.ptr must begin at 0 and grow {first.numel()} times, once a group, but is "
@@ -92,4 +104,15 @@ def _check(x: Tensor, groups: TokenGroups, w: HoistWeights, heads: int) -> None:
             raise ValueError(
                 f"groups reach from token {int(first.min())} to {int(end.max())}, but x has "
                 f"{x.size(0)} rows"
+            )
+        order = first.argsort()
+        left, right = order[:-1], order[1:]
+        shared = (end[left] > first[right]).nonzero().flatten()
+        if shared.numel() > 0:
+            # Every group writes the gradients of its tokens.
+            a, b = int(left[shared[0]]), int(right[shared[0]])
+            raise ValueError(
+                f"a token may belong to one group, but group {a} has tokens {int(first[a])} to "
+                f"{int(end[a]) - 1} and group {b} has tokens {int(first[b])} to "
+                f"{int(end[b]) - 1}; give x a copy of what both read, or hoist them separately"
             )

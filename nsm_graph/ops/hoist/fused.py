@@ -105,8 +105,9 @@ class _Run:
         grads = [
             [torch.zeros(x.shape, dtype=self.dtype) for x in self.matrices] for _ in self.parts
         ]
-        # Tokens of no group have no gradient.
-        d_x = torch.zeros(self.x.shape, dtype=self.dtype)
+        # Tokens of no group have no gradient; where all belong to one, every row is written.
+        is_covered = int(self.ptr[-1]) == len(self.x)
+        d_x = (torch.empty if is_covered else torch.zeros)(self.x.shape, dtype=self.dtype)
         rows = [arrays.array(x) for x in (d_key, d_value, d_routed)]
         run_all(
             cpu.backward_kernel,
