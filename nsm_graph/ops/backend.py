@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
 
 from nsm_graph.ops.segment import HAS_TORCH_SCATTER
 from nsm_graph.relation import Relation
+
+HAS_TRITON = find_spec("triton") is not None
+
+NEEDS_TRITON = "needs Triton: pip install 'nsm-graph[gpu]'"
 
 #: A ragged complete relation is padded if at least this share of the padded block holds edges.
 MIN_DENSE_FILL = 0.5
@@ -41,9 +46,11 @@ def choose_backend(
 
 def _choose_sparse(relation: Relation, reason: str) -> BackendChoice:
     """Kernels where the device has them."""
-    if relation.device.type == "cpu":
+    device = relation.device.type
+    if device == "cpu" or (device == "cuda" and HAS_TRITON):
         return BackendChoice("sparse", reason)
-    return BackendChoice("reference", f"{reason}; no kernels for this device")
+    lacks = NEEDS_TRITON if device == "cuda" else "no kernels for this device"
+    return BackendChoice("reference", f"{reason}; {lacks}")
 
 
 def explain(relation: Relation, dtype: torch.dtype = torch.float32) -> BackendChoice:
@@ -64,10 +71,11 @@ def available_backends() -> list[tuple[str, bool, str]]:
     has_scatter = "torch-scatter is installed"
     if not HAS_TORCH_SCATTER:
         has_scatter = "needs torch-scatter: pip install --no-build-isolation torch-scatter"
+    on_gpu = " and a GPU (Triton)" if HAS_TRITON else f"; a GPU {NEEDS_TRITON}"
     return [
         ("reference", True, "gather, softmax, scatter; any edges, any order of derivative"),
         ("dense", True, "scaled_dot_product_attention; complete relations"),
-        ("sparse", True, "Numba kernels, no messages per edge; any edges on a CPU"),
+        ("sparse", True, f"kernels, no messages per edge; any edges on a CPU (Numba){on_gpu}"),
         ("segment_csr", HAS_TORCH_SCATTER, f"{has_scatter}; only where forced"),
     ]
 
@@ -79,6 +87,8 @@ def _check_forced(name: str, relation: Relation) -> None:
     is_available, why = known[name]
     if not is_available:
         raise ValueError(f"backend {name!r} is not available: {why}")
+    if name == "sparse" and relation.device.type == "cuda" and not HAS_TRITON:
+        raise ValueError(f'backend "sparse" on {relation.device} {NEEDS_TRITON}')
     if name == "dense" and not relation.is_complete:
         raise ValueError(
             'backend "dense" needs a complete relation, but this one holds general edges; '

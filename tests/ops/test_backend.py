@@ -59,6 +59,31 @@ def test_the_operation_runs_what_explain_says(monkeypatch, relation, used):
     assert calls == [used] == [explain(relation).name]
 
 
+class OnGpu(Relation):
+    """General edges that claim to be on a GPU."""
+
+    device = torch.device("cuda", 0)
+
+    def __init__(self):
+        super().__init__(torch.tensor([[0], [0]]), (1, 1))
+
+
+def test_general_edges_on_a_gpu_need_triton(monkeypatch):
+    monkeypatch.setattr(backend, "HAS_TRITON", True)
+    assert explain(OnGpu()) == ("sparse", "general edges")
+    assert explain(OnGpu(), torch.float64).name == "reference"
+    table = {name: why for name, _, why in available_backends()}
+    assert "any edges on a CPU (Numba) and a GPU (Triton)" in table["sparse"]
+    monkeypatch.setattr(backend, "HAS_TRITON", False)
+    reason = "general edges; needs Triton: pip install 'nsm-graph[gpu]'"
+    assert explain(OnGpu()) == ("reference", reason)
+    table = {name: why for name, _, why in available_backends()}
+    assert "on a CPU (Numba); a GPU needs Triton: pip install" in table["sparse"]
+    with pytest.raises(ValueError, match='"sparse" on cuda:0 needs Triton: pip install'):
+        choose_backend(OnGpu(), torch.float32, forced="sparse")
+    assert choose_backend(GENERAL, torch.float32, forced="sparse").name == "sparse"
+
+
 def test_available_backends_say_what_they_need(monkeypatch):
     monkeypatch.setattr(backend, "HAS_TORCH_SCATTER", False)
     table = {name: (is_available, why) for name, is_available, why in available_backends()}

@@ -1,8 +1,9 @@
 """Edge attention on general edges as one operation that compilers and autograd know.
 
-The passes over edges are a device's own kernels (`cpu.py`); here is what every device shares: how
-passes make the operation and its gradient. Nothing is kept for backward but the inputs and one
-weight per edge and head. A second derivative goes through the reference.
+The passes over edges are a device's own kernels (`cpu.py`, `gpu.py`); here is what devices
+share: one operation, its gradient and, through the reference, its second derivative. For backward
+it keeps its inputs and what tells the weights: on a CPU the weights themselves, one per edge and
+head; on a GPU two numbers per group and head.
 
 Legend: N targets, M sources, E edges, H heads, D channels a head.
 """
@@ -28,18 +29,33 @@ def edge_attention(
     scale: float,
 ) -> Tensor:
     """Weighted sum of the values into their targets, ``[N, H, D]``."""
-    # 16-bit values are summed in float32, as everywhere.
-    inputs = [widen(q_NHD), widen(k_MHD), widen(v_MHD)]
-    bias = None if bias_EH is None else widen(bias_EH)
+    inputs = [q_NHD, k_MHD, v_MHD, bias_EH]
+    if not _on_gpu(q_NHD):
+        # 16-bit values are summed in float32, as everywhere. A GPU widens what it has gathered.
+        inputs = [None if x is None else widen(x) for x in inputs]
     edges = [*relation.csr, *relation.csc]
-    out_NHD, _ = _attend(*inputs, bias, *edges, normalise == "source", scale)
+    out_NHD, _ = _attend(*inputs, *edges, normalise == "source", scale, *_degrees(relation))
     return out_NHD.to(q_NHD.dtype)
+
+
+def _on_gpu(x: Tensor) -> bool:
+    """Whether Triton's kernels serve a tensor; Numba's do if not."""
+    return x.is_cuda
+
+
+def _degrees(relation: Relation) -> tuple[int, int]:
+    """Edges of every target and of every source, where all are known to have as many; else 0."""
+    if not relation.is_uniform:
+        return 0, 0
+    assert relation.sources is not None
+    assert relation.targets is not None
+    return relation.sources.max_count, relation.targets.max_count
 
 
 # The operation #####################################################################
 
 
-@torch.library.custom_op("nsm_graph::edge_attention", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("nsm_graph::edge_attention", mutates_args=(), device_types=("cpu", "cuda"))
 def _attend(
     q: Tensor,
     k: Tensor,
@@ -53,12 +69,23 @@ def _attend(
     column_perm: Tensor,
     by_source: bool,
     scale: float,
+    row_degree: int = 0,
+    column_degree: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Output ``[N, H, D]`` and weights ``[E, H]``; rows are targets, columns are sources."""
-    from nsm_graph.ops.edge_attention import cpu
+    """Output ``[N, H, D]`` and what tells the weights; rows are targets, columns are sources.
 
+    On a CPU those are the weights ``[E, H]``, on a GPU what the softmax of a group found
+    ``[G, 2, H]``. A degree says how many edges every row (column) has, or 0 where that differs.
+    """
     rows = CompressedEdges(row_ptr, row_index, row_perm)
     columns = CompressedEdges(column_ptr, column_index, column_perm)
+    if _on_gpu(q):
+        from nsm_graph.ops.edge_attention import gpu
+
+        degrees = row_degree, column_degree
+        return gpu.forward(q, k, v, bias, rows, columns, by_source, scale, degrees)
+    from nsm_graph.ops.edge_attention import cpu
+
     if by_source:
         weights = cpu.softmax(k, q, columns, bias, scale)
     else:
@@ -68,18 +95,24 @@ def _attend(
 
 @_attend.register_fake
 def _(q, k, v, bias, *edges_and_options):  # type: ignore[no-untyped-def]
-    num_edges = edges_and_options[1].size(0)
-    return q.new_empty(q.shape), q.new_empty(num_edges, q.size(1))
+    num_edges, by_source = edges_and_options[1].size(0), edges_and_options[6]
+    if not _on_gpu(q):
+        return q.new_empty(q.shape), q.new_empty(num_edges, q.size(1))
+    groups = k if by_source else q
+    stats = groups.new_empty(groups.size(0), 2, groups.size(1), dtype=widen(groups).dtype)
+    return q.new_empty(q.shape), stats
 
 
-@torch.library.custom_op("nsm_graph::edge_attention_backward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op(
+    "nsm_graph::edge_attention_backward", mutates_args=(), device_types=("cpu", "cuda")
+)
 def _attend_backward(
     grad: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     bias: Tensor | None,
-    weights: Tensor,
+    kept: Tensor,
     row_ptr: Tensor,
     row_index: Tensor,
     row_perm: Tensor,
@@ -88,57 +121,66 @@ def _attend_backward(
     column_perm: Tensor,
     by_source: bool,
     scale: float,
+    row_degree: int = 0,
+    column_degree: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and, per edge and head, of the scores."""
-    from nsm_graph.ops.edge_attention import cpu
-
+    """Gradients of q, k, v and, per edge and head, of the scores: of the bias, if there is one."""
     rows = CompressedEdges(row_ptr, row_index, row_perm)
     columns = CompressedEdges(column_ptr, column_index, column_perm)
+    if _on_gpu(q):
+        from nsm_graph.ops.edge_attention import gpu
+
+        edges = rows, columns, by_source, scale, (row_degree, column_degree)
+        return gpu.backward(grad, q, k, v, bias, kept, *edges)
+    from nsm_graph.ops.edge_attention import cpu
+
     # The gradient of a weight is the product of its two ends, as a score is.
     if by_source:
-        scores = cpu.softmax_backward(v, grad, columns, weights)
+        scores = cpu.softmax_backward(v, grad, columns, kept)
     else:
-        scores = cpu.softmax_backward(grad, v, rows, weights)
+        scores = cpu.softmax_backward(grad, v, rows, kept)
     dq = cpu.weighted_sums(scores, k, rows, scale)
     dk = cpu.weighted_sums(scores, q, columns, scale)
-    return dq, dk, cpu.weighted_sums(weights, grad, columns), scores
+    return dq, dk, cpu.weighted_sums(kept, grad, columns), scores
 
 
 @_attend_backward.register_fake
-def _(grad, q, k, v, bias, weights, *edges_and_options):  # type: ignore[no-untyped-def]
-    return tuple(x.new_empty(x.shape) for x in (q, k, v, weights))
+def _(grad, q, k, v, bias, kept, *edges_and_options):  # type: ignore[no-untyped-def]
+    # Nobody asks a GPU for the gradients of scores without a bias: it does not store them.
+    num_edges = 0 if _on_gpu(q) and bias is None else edges_and_options[1].size(0)
+    return *(x.new_empty(x.shape) for x in (q, k, v)), kept.new_empty(num_edges, q.size(1))
 
 
 # Its derivatives ###################################################################
 
 
 def _keep(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    *tensors, ctx.by_source, ctx.scale = inputs
-    _, weights = output
-    ctx.mark_non_differentiable(weights)
-    ctx.save_for_backward(*tensors, weights)
+    *tensors, ctx.by_source, ctx.scale, ctx.row_degree, ctx.column_degree = inputs
+    _, kept = output
+    ctx.mark_non_differentiable(kept)
+    ctx.save_for_backward(*tensors, kept)
 
 
 def _first_derivative(ctx, grad, _):  # type: ignore[no-untyped-def]
-    q, k, v, bias, *edges, weights = ctx.saved_tensors
-    dq, dk, dv, scores = _attend_backward(
-        grad, q, k, v, bias, weights, *edges, ctx.by_source, ctx.scale
-    )
+    q, k, v, bias, *edges, kept = ctx.saved_tensors
+    options = ctx.by_source, ctx.scale, ctx.row_degree, ctx.column_degree
+    dq, dk, dv, scores = _attend_backward(grad, q, k, v, bias, kept, *edges, *options)
     if bias is not None:
         scores = scores if bias.size(1) > 1 else scores.sum(1, keepdim=True)
-    return dq, dk, dv, None if bias is None else scores, *[None] * 8
+        scores = scores.to(bias.dtype)
+    return dq, dk, dv, None if bias is None else scores, *[None] * 10
 
 
 _attend.register_autograd(_first_derivative, setup_context=_keep)
 
 
 def _keep_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    *tensors, ctx.by_source, ctx.scale = inputs
+    *tensors, ctx.by_source, ctx.scale, _, _ = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _second_derivative(ctx, *grads):  # type: ignore[no-untyped-def]
-    grad, q, k, v, bias, weights, *edges = ctx.saved_tensors
+    grad, q, k, v, bias, _, *edges = ctx.saved_tensors
     is_wanted = torch.is_grad_enabled()
     normalise = "source" if ctx.by_source else "target"
     with torch.enable_grad():
@@ -149,17 +191,21 @@ def _second_derivative(ctx, *grads):  # type: ignore[no-untyped-def]
             for x in given
         ]
         relation = _relation_of(CompressedEdges(*edges[:3]), (k.size(0), q.size(0)))
-        # A bias that every head shares has one gradient for each head here.
-        each = torch.zeros_like(weights).requires_grad_()
-        bias_EH = each if bias is None else each + given[4]
-        q, k, v = given[1:4]
+        inner, bias_EH = given[1:4], None
+        if bias is not None:
+            # A bias that every head shares has one gradient for each head here.
+            inner.append(q.new_zeros(bias.size(0), q.size(1), dtype=widen(q).dtype))
+            bias_EH = inner[3].requires_grad_() + given[4]
+        q, k, v = (widen(x) for x in given[1:4])
         out = reference.edge_attention(
             q, k, v, relation, bias_EH=bias_EH, normalise=normalise, scale=ctx.scale
         )
-        first = torch.autograd.grad(out, [q, k, v, each], given[0], create_graph=True)
-        second = torch.autograd.grad(first, given, grads, create_graph=is_wanted, allow_unused=True)
+        first = torch.autograd.grad(out, inner, widen(given[0]), create_graph=True)
+        second = torch.autograd.grad(
+            first, given, grads[: len(inner)], create_graph=is_wanted, allow_unused=True
+        )
     bias_grad = second[4] if bias is not None else None
-    return *second[:4], bias_grad, *[None] * 9
+    return *second[:4], bias_grad, *[None] * 11
 
 
 _attend_backward.register_autograd(_second_derivative, setup_context=_keep_backward)
