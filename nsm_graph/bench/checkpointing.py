@@ -8,6 +8,7 @@ from functools import partial
 import torch
 
 from nsm_graph.bench.documented import (
+    HEADS,
     SEGMENT,
     gradient,
     is_close,
@@ -19,9 +20,10 @@ from nsm_graph.bench.documented import (
 )
 from nsm_graph.bench.record import BenchRecord, interleaved_medians
 from nsm_graph.models import NeuralStateMachine
-from nsm_graph.models.fused import read_fused
+from nsm_graph.models.fused import loop_weights
 from nsm_graph.models.loop import read_segments
 from nsm_graph.models.segments import plan_segments
+from nsm_graph.ops.segment_loop import LoopSegments, segment_loop
 
 #: 64 segments.
 EXAMPLES, LENGTH = 32, 1024
@@ -92,15 +94,22 @@ def _loop_of(machine: NeuralStateMachine, lengths: list[int]) -> Callable[[], No
     routed.requires_grad_()
     key.requires_grad_()
     checkpoints = machine.checkpoint_segments
+    num_active = torch.tensor([relation.num_examples for relation in plan.steps])
+    segments = LoopSegments(plan.groups.ptr, num_active)
 
     def run() -> None:
         machine.zero_grad()
         key.grad = routed.grad = None
         if cell.fuse:
-            trace = read_fused(cell, states, hoisted, plan, keep=checkpoints is None)
+            _, final = segment_loop(
+                states, routed, key, key, segments, loop_weights(cell), HEADS,
+                keep=checkpoints is None,
+            )  # fmt: skip
         else:
             inputs = cell.connect(cell.split(hoisted, plan.steps), slots)
-            trace = read_segments(cell, states, None, inputs, checkpoint_segments=checkpoints)
-        trace.states.square().sum().backward()
+            final = read_segments(
+                cell, states, None, inputs, checkpoint_segments=checkpoints
+            ).states
+        final.square().sum().backward()
 
     return run

@@ -1,4 +1,4 @@
-"""What is hoisted as one operation and the loop as another, where the cell is the documented one.
+"""Hoisting and the loop over segments as one operation, where the cell is the documented one.
 
 The same numbers as the cell's own modules, up to rounding. What the loop's operation does not know
 goes step by step, and the log named ``nsm_graph`` says why, once.
@@ -7,6 +7,7 @@ goes step by step, and the log named ``nsm_graph`` says why, once.
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from torch_geometric.nn import MessagePassing
 from torch_geometric.nn.aggr import SumAggregation as _Aggregation
 from torch_geometric.nn.dense.linear import Linear
 
-from nsm_graph.models.cell import SegmentInputs, StateMachineCell
+from nsm_graph.models.cell import StateMachineCell
 from nsm_graph.models.loop import Trace
 from nsm_graph.models.segments import SegmentPlan
 from nsm_graph.nn import (
@@ -24,8 +25,8 @@ from nsm_graph.nn import (
     TokenToStateRouter,
 )
 from nsm_graph.nn.edge_attention_layer import is_watched
-from nsm_graph.ops.hoist import HoistWeights, hoist
-from nsm_graph.ops.segment_loop import LoopSegments, LoopWeights, segment_loop
+from nsm_graph.ops.hoist import HoistWeights
+from nsm_graph.ops.segment_loop import LoopSegments, LoopWeights, segment_loop, token_loop
 from nsm_graph.topology.base import Complete
 
 logger = logging.getLogger("nsm_graph")
@@ -66,61 +67,42 @@ def why_not_fused(
     return None
 
 
-def hoist_fused(
-    cell: StateMachineCell, tokens: Tensor, plan: SegmentPlan, importance: Tensor, slots: Tensor
-) -> tuple[SegmentInputs, Tensor | None]:
-    """What :meth:`StateMachineCell.hoist` does, of tokens in input order."""
-    if not _hoists_plainly(cell):
-        order = plan.token_order
-        return cell.hoist(tokens[order], plan.place[order], plan.relation, importance, slots)
-    router, attention = cell.router, cell.attention
-    value = attention.lin_value
-    logits, logits_bias = router.logit_weights(importance, slots)
-    projections = HoistWeights(
-        key=attention.lin_token.weight,
-        key_bias=attention.lin_token.bias,
-        value=None if value is None else value.weight,
-        value_bias=None if value is None else value.bias,
-        logits=logits,
-        logits_bias=logits_bias,
-        out=router.lin_out.weight,
-        out_bias=router.lin_out.bias,
-    )
-    key, values, routed, weights = hoist(
-        tokens, plan.groups, projections, router.heads, backend="cpu"
-    )
-    nothing = (None,) * 5
-    return SegmentInputs(plan.relation, routed, key, values, *nothing), weights
-
-
 def read_fused(
     cell: StateMachineCell,
     states: Tensor,
-    hoisted: SegmentInputs,
+    tokens: Tensor,
     plan: SegmentPlan,
+    importance: Tensor,
+    slots: Tensor,
     keep: bool,
-) -> Trace:
-    """What :func:`nsm_graph.models.loop.read_segments` does."""
+) -> tuple[Trace, Tensor]:
+    """Hoists and reads tokens in input order; also their routing weights ``[E]``.
+
+    What :meth:`StateMachineCell.hoist` and :func:`nsm_graph.models.loop.read_segments` do.
+    """
     num_active = torch.tensor([step.num_examples for step in plan.steps], dtype=torch.long)
-    assert hoisted.routed is not None
-    assert hoisted.key is not None
-    assert hoisted.value is not None
-    after, final = segment_loop(
-        states,
-        hoisted.routed,
-        hoisted.key,
-        hoisted.value,
-        LoopSegments(plan.relation.sources.ptr, num_active),
-        _weights(cell),
-        cell.attention.heads,
-        keep=keep,
-        backend="cpu",
-    )
+    segments = LoopSegments(plan.groups.ptr, num_active)
+    heads = cell.attention.heads
+    weights: Any
+    if _hoists_plainly(cell):
+        projections = _projections(cell, importance, slots)
+        after, final, weights = token_loop(
+            states, tokens, plan.groups.first, projections, segments, loop_weights(cell), heads,
+            keep=keep, backend="cpu",
+        )  # fmt: skip
+    else:
+        order = plan.token_order
+        hoisted, weights = cell.hoist(
+            tokens[order], plan.place[order], plan.relation, importance, slots
+        )
+        after, final = segment_loop(
+            states, hoisted.routed, hoisted.key, hoisted.value, segments, loop_weights(cell), heads,
+            keep=keep, backend="cpu",
+        )  # fmt: skip
     steps = list(after.split([step.num_dst for step in plan.steps]))
-    before = [
-        rows[: step.num_dst] for rows, step in zip([states, *steps], plan.steps, strict=False)
-    ]
-    return Trace(final, None, before, steps, [None] * len(steps))
+    found = zip([states, *steps], plan.steps, strict=False)
+    before = [rows[: step.num_dst] for rows, step in found]
+    return Trace(final, None, before, steps, [None] * len(steps)), weights
 
 
 def say_why_not(reason: str) -> None:
@@ -130,7 +112,23 @@ def say_why_not(reason: str) -> None:
         logger.info("segments are read step by step, not in one kernel: %s", reason)
 
 
-def _weights(cell: StateMachineCell) -> LoopWeights:
+def _projections(cell: StateMachineCell, importance: Tensor, slots: Tensor) -> HoistWeights:
+    router, key, value = cell.router, cell.attention.lin_token, cell.attention.lin_value
+    logits, logits_bias = router.logit_weights(importance, slots)
+    return HoistWeights(
+        key=key.weight,
+        key_bias=key.bias,
+        value=None if value is None else value.weight,
+        value_bias=None if value is None else value.bias,
+        logits=logits,
+        logits_bias=logits_bias,
+        out=router.lin_out.weight,
+        out_bias=router.lin_out.bias,
+    )
+
+
+def loop_weights(cell: StateMachineCell) -> LoopWeights:
+    """The cell's parameters as the loop takes them."""
     attention, propagator, talk = cell.attention, cell.propagator, cell.communication
     parts = [attention.lin_query, attention.lin_out, propagator.lin_gates]
     parts.append(propagator.lin_candidate)
@@ -168,7 +166,8 @@ def _is_plain(cell: StateMachineCell) -> bool:
 def _hoists_plainly(cell: StateMachineCell) -> bool:
     """Whether keys, values and routed sums are the documented ones, and nobody watches."""
     router = cell.router
-    return cell.rotary is None and router.routing_reduce == "sum" and _are_own(router)
+    is_plain = cell.rotary is None and router.routing_reduce == "sum" and _are_own(router)
+    return is_plain and router.heads == cell.attention.heads
 
 
 def _are_own(part: nn.Module | None) -> bool:

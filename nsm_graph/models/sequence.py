@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nsm_graph.models.cell import SegmentInputs, StateMachineCell
-from nsm_graph.models.fused import hoist_fused, read_fused, say_why_not, why_not_fused
+from nsm_graph.models.fused import read_fused, say_why_not, why_not_fused
 from nsm_graph.models.loop import Trace, read_segments
 from nsm_graph.models.segments import SegmentPlan
 from nsm_graph.models.state import MachineState, Reading, Record
@@ -43,10 +43,11 @@ def read_sequence(
     states = _reorder(state.states, plan.example_order, num_states)
     reason = why_not_fused(cell, states, record=record is not None, bptt_segments=bptt_segments)
     inputs: list[SegmentInputs] = []
+    weights: Tensor | None
     if reason is None:
-        hoisted, weights = hoist_fused(cell, tokens, plan, importance, state.slots)
-        trace = read_fused(cell, states, hoisted, plan, keep=checkpoint_segments is None)
-        tokens = tokens[plan.token_order] if tokens_read else tokens
+        keep = checkpoint_segments is None
+        trace, weights = read_fused(cell, states, tokens, plan, importance, state.slots, keep)
+        tokens, routes = tokens[plan.token_order] if tokens_read else tokens, plan.relation
     else:
         say_why_not(reason)
         tokens = tokens[plan.token_order]
@@ -59,6 +60,7 @@ def read_sequence(
             scan_tokens=scan_tokens,
             scan_reads=tokens_read,
         )
+        routes = hoisted.relation
         inputs = cell.connect(cell.split(hoisted, plan.steps), state.slots)
         trace = read_segments(
             cell,
@@ -92,7 +94,7 @@ def read_sequence(
         after=trace.after,
         reads=plan.relation.sources.unpad(torch.cat(reads)) if reads else None,
         groups=plan.group_example,
-        routes=hoisted.relation,
+        routes=routes,
         weights=weights,
     )
 

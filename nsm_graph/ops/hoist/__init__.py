@@ -50,7 +50,7 @@ def hoist(
     """
     if backend not in (*BACKENDS, None):
         raise ValueError(f"backend must be one of {BACKENDS} or None, but is {backend!r}")
-    _check(x, groups, weights, heads)
+    check_tokens(x, groups, weights, heads)
     if backend is None:
         backend = "cpu" if x.is_cpu and x.dtype == torch.float32 else "reference"
     elif backend == "cpu" and not (x.is_cpu and x.dtype in (torch.float32, torch.float64)):
@@ -65,7 +65,7 @@ def hoist(
     return fused.hoist(x, groups, weights, heads)
 
 
-def _check(x: Tensor, groups: TokenGroups, w: HoistWeights, heads: int) -> None:
+def check_tokens(x: Tensor, groups: TokenGroups, w: HoistWeights, heads: int) -> None:
     """Raises unless everything fits."""
     if x.dim() != 2:
         raise ValueError(f"x must have shape (tokens, channels), but has {tuple(x.shape)}")

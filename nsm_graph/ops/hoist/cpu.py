@@ -61,7 +61,7 @@ def _end_of_block(ptr, group, end, room):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(**BORROWING)
-def _route(w, s, x, first, ptr, group, end, heads, num_states):  # type: ignore[no-untyped-def]
+def route(w, s, x, first, ptr, group, end, heads, num_states):  # type: ignore[no-untyped-def]
     """Reads a block's tokens; makes weights of every head, their mean, and the routed sums."""
     start, count = ptr[group], ptr[end] - ptr[group]
     for g in range(group, end):
@@ -92,6 +92,34 @@ def _route(w, s, x, first, ptr, group, end, heads, num_states):  # type: ignore[
         multiply(s.sums[rows], s.weights[:, tokens], s.x[tokens])
 
 
+@numba.njit(**BORROWING)
+def hoist_block(  # type: ignore[no-untyped-def]
+    w, s, x, first, ptr, group, end, key, value, routed, weights, heads, num_states
+):
+    """A block's keys, values and projected sums, each from row 0, and its part of all weights."""
+    route(w, s, x, first, ptr, group, end, heads, num_states)
+    start, count = ptr[group], ptr[end] - ptr[group]
+    project(w, s, count, key, value)
+    num_rows = (end - group) * num_states
+    affine(routed[:num_rows], s.sums[:num_rows], w.out, w.out_bias)
+    for g in range(group, end):
+        length = ptr[g + 1] - ptr[g]
+        for n in range(num_states):
+            place = ptr[g] * num_states + n * length
+            source = s.weights[n, ptr[g] - start : ptr[g + 1] - start]
+            target = weights[place : place + length]
+            for i in range(length):
+                target[i] = source[i]
+
+
+@numba.njit(**BORROWING)
+def project(w, s, count, key, value):  # type: ignore[no-untyped-def]
+    """Keys and values of the tokens that a block has read."""
+    affine(key[:count], s.x[:count], w.key, w.key_bias)
+    if w.value.shape[0] > 0:
+        affine(value[:count], s.x[:count], w.value, w.value_bias)
+
+
 @partial(Kernel, options=BORROWING)
 def forward_kernel(
     x: Array,
@@ -112,21 +140,10 @@ def forward_kernel(
     """Keys, values, projected sums and weights of the groups from ``group`` to ``last``."""
     while group < last:
         end = _end_of_block(ptr, group, last, room)
-        _route(w, s, x, first, ptr, group, end, heads, num_states)
-        start, count = ptr[group], ptr[end] - ptr[group]
-        affine(key[ptr[group] : ptr[end]], s.x[:count], w.key, w.key_bias)
-        if w.value.shape[0] > 0:
-            affine(value[ptr[group] : ptr[end]], s.x[:count], w.value, w.value_bias)
-        rows = slice(group * num_states, end * num_states)
-        affine(routed[rows], s.sums[: (end - group) * num_states], w.out, w.out_bias)
-        for g in range(group, end):
-            for n in range(num_states):
-                length = ptr[g + 1] - ptr[g]
-                place = ptr[g] * num_states + n * length
-                source = s.weights[n, ptr[g] - start : ptr[g + 1] - start]
-                target = weights[place : place + length]
-                for i in range(length):
-                    target[i] = source[i]
+        hoist_block(
+            w, s, x, first, ptr, group, end, key[ptr[group] :], value[ptr[group] :],
+            routed[group * num_states :], weights, heads, num_states,
+        )  # fmt: skip
         group = end
 
 
@@ -144,6 +161,51 @@ def _project_backward(grad, grad_bias, d_x, d_rows, x, turned):  # type: ignore[
     add_product(grad, x.T, d_rows)
     _add_rows(grad_bias, d_rows)
     add_product(d_x, d_rows, turned)
+
+
+@numba.njit(**BORROWING)
+def hoist_block_backward(  # type: ignore[no-untyped-def]
+    w, t, s, grads, first, ptr, group, end, d_key, d_value, d_routed, d_x, heads, num_states
+):
+    """Gradients of the tokens of a block that was routed just before; adds to ``grads``."""
+    zero = s.x.dtype.type(0)
+    share = s.x.dtype.type(1) / s.x.dtype.type(heads)
+    start, count = ptr[group], ptr[end] - ptr[group]
+    num_rows = (end - group) * num_states
+    x, dx, d_sums = s.x[:count], s.d_x[:count], s.d_sums[:num_rows]
+    dx[:] = zero
+    d_sums[:] = zero
+    _project_backward(
+        grads.out, grads.out_bias, d_sums, d_routed[:num_rows], s.sums[:num_rows], t.out
+    )
+    _project_backward(grads.key, grads.key_bias, dx, d_key[:count], x, t.key)
+    if w.value.shape[0] > 0:
+        _project_backward(grads.value, grads.value_bias, dx, d_value[:count], x, t.value)
+    for g in range(group, end):
+        tokens = slice(ptr[g] - start, ptr[g + 1] - start)
+        own = d_sums[(g - group) * num_states : (g - group + 1) * num_states]
+        multiply(s.d_weights[:, tokens], own, s.x_turned[:, tokens])
+        add_product(dx[tokens], s.weights[:, tokens].T, own)
+    for head in range(heads):
+        block = slice(head * num_states, (head + 1) * num_states)
+        for n in range(num_states):
+            source, target = s.d_weights[n, :count], s.d_heads[head * num_states + n, :count]
+            for i in range(count):
+                target[i] = source[i] * share
+        vectors.softmax_columns_backward(s.d_heads[block, :count], s.heads[block, :count])
+    for row in range(heads * num_states):
+        slopes = s.d_heads[row, :count]
+        total = zero
+        for i in range(count):
+            total += slopes[i]
+        grads.logits_bias[row] += total
+    add_product(grads.logits, s.d_heads[:, :count], x)
+    add_product(dx, s.d_heads[:, :count].T, w.logits)
+    for g in range(group, end):
+        for i in range(ptr[g + 1] - ptr[g]):
+            source, target = dx[ptr[g] - start + i], d_x[first[g] + i]
+            for j in range(target.shape[0]):
+                target[j] = source[j]
 
 
 @partial(Kernel, options=BORROWING)
@@ -166,47 +228,11 @@ def backward_kernel(
     last: int,
 ) -> None:
     """Gradients of the tokens of these groups; adds to ``grads``, where `logits` is [H N, C_t]."""
-    zero = x.dtype.type(0)
-    share = x.dtype.type(1) / x.dtype.type(heads)
     while group < last:
         end = _end_of_block(ptr, group, last, room)
-        _route(w, s, x, first, ptr, group, end, heads, num_states)
-        start, count = ptr[group], ptr[end] - ptr[group]
-        num_rows = (end - group) * num_states
-        dx = s.d_x[:count]
-        d_sums = s.d_sums[:num_rows]
-        dx[:] = zero
-        d_sums[:] = zero
-        rows = d_routed[group * num_states : end * num_states]
-        _project_backward(grads.out, grads.out_bias, d_sums, rows, s.sums[:num_rows], t.out)
-        rows = d_key[ptr[group] : ptr[end]]
-        _project_backward(grads.key, grads.key_bias, dx, rows, s.x[:count], t.key)
-        if w.value.shape[0] > 0:
-            rows = d_value[ptr[group] : ptr[end]]
-            _project_backward(grads.value, grads.value_bias, dx, rows, s.x[:count], t.value)
-        for g in range(group, end):
-            tokens = slice(ptr[g] - start, ptr[g + 1] - start)
-            own = d_sums[(g - group) * num_states : (g - group + 1) * num_states]
-            multiply(s.d_weights[:, tokens], own, s.x_turned[:, tokens])
-            add_product(dx[tokens], s.weights[:, tokens].T, own)
-        for head in range(heads):
-            block = slice(head * num_states, (head + 1) * num_states)
-            for n in range(num_states):
-                source, target = s.d_weights[n, :count], s.d_heads[head * num_states + n, :count]
-                for i in range(count):
-                    target[i] = source[i] * share
-            vectors.softmax_columns_backward(s.d_heads[block, :count], s.heads[block, :count])
-        for row in range(heads * num_states):
-            slopes = s.d_heads[row, :count]
-            total = zero
-            for i in range(count):
-                total += slopes[i]
-            grads.logits_bias[row] += total
-        add_product(grads.logits, s.d_heads[:, :count], s.x[:count])
-        add_product(dx, s.d_heads[:, :count].T, w.logits)
-        for g in range(group, end):
-            for i in range(ptr[g + 1] - ptr[g]):
-                source, target = dx[ptr[g] - start + i], d_x[first[g] + i]
-                for j in range(target.shape[0]):
-                    target[j] = source[j]
+        route(w, s, x, first, ptr, group, end, heads, num_states)
+        hoist_block_backward(
+            w, t, s, grads, first, ptr, group, end, d_key[ptr[group] :], d_value[ptr[group] :],
+            d_routed[group * num_states :], d_x, heads, num_states,
+        )  # fmt: skip
         group = end

@@ -61,6 +61,62 @@ def _through_the_reference(grads, given, groups, heads):  # type: ignore[no-unty
     return [next(found) if x is not None and x.requires_grad else None for x in given]
 
 
+class Projections:
+    """The weights as kernels read them, and room for their gradients."""
+
+    def __init__(self, w: HoistWeights) -> None:
+        self.has_value = w.value is not None
+        none = w.key.new_empty(0, 0), w.key.new_empty(0)
+        value: Any
+        value, value_bias = w[2:4] if self.has_value else none
+        #: [in, out], as the kernel multiplies; logits stay [H N, C_t].
+        self.matrices: list[Any] = [
+            w.key.t(), w.key_bias, value.t(), value_bias, w.logits, w.logits_bias, w.out.t(),
+            w.out_bias,
+        ]  # fmt: skip
+
+    def placed(self) -> cpu.Weights:
+        return cpu.Weights(*map(arrays.place, self.matrices))
+
+    def turned(self) -> cpu.Weights:
+        return cpu.Weights(*(arrays.place(x.t() if x.dim() == 2 else x) for x in self.matrices))
+
+    def make_grads(self) -> cpu.Weights:
+        zeros = (torch.zeros(x.shape, dtype=x.dtype).numpy() for x in self.matrices)
+        return cpu.Weights(*zeros)
+
+    def total(self, grads: list[cpu.Weights]) -> list[Tensor | None]:
+        """The sum of all threads' gradients, as the weights came."""
+        sums = (torch.from_numpy(sum(own[1:], own[0])) for own in zip(*grads, strict=True))
+        g: Any = cpu.Weights(*sums)
+        value = (g.value.t(), g.value_bias) if self.has_value else (None, None)
+        return [g.key.t(), g.key_bias, *value, g.logits, g.logits_bias, g.out.t(), g.out_bias]
+
+
+def make_scratch(
+    dtype: torch.dtype, num_tokens: int, num_groups: int, width: int, heads: int, num_states: int
+) -> cpu.Scratch:
+    """Room for blocks of so many tokens and groups."""
+    columns, sums = arrays.spread(num_tokens), num_groups * num_states
+    empty = partial(arrays.empty, dtype)
+    return cpu.Scratch(
+        x=empty(num_tokens, width),
+        x_turned=empty(width, columns),
+        heads=empty(heads * num_states, columns),
+        weights=empty(num_states, columns),
+        sums=empty(sums, width),
+        d_sums=empty(sums, width),
+        d_weights=empty(num_states, columns),
+        d_heads=empty(heads * num_states, columns),
+        d_x=empty(num_tokens, width),
+    )
+
+
+def make_token_grads(x: np.ndarray, num_tokens: int, dtype: torch.dtype) -> Tensor:
+    """Room for the gradients of tokens; those of no group have none, others are written."""
+    return (torch.empty if num_tokens == len(x) else torch.zeros)(x.shape, dtype=dtype)
+
+
 class _Run:
     """Arrays of one forward, and the backward that belongs to it."""
 
@@ -68,76 +124,45 @@ class _Run:
         self.heads, self.num_states = heads, w.logits.size(0) // heads
         self.dtype, self.channels = x.dtype, w.key.size(0)
         self.x, self.first, self.ptr = arrays.array(x), groups.first.numpy(), groups.ptr.numpy()
-        none = x.new_empty(0, 0), x.new_empty(0)
-        value = none if w.value is None or w.value_bias is None else (w.value, w.value_bias)
-        self.has_value = w.value is not None
-        #: [in, out], as the kernel multiplies; logits stay [H N, C_t].
-        self.matrices = [
-            w.key.t(), w.key_bias, value[0].t(), value[1], w.logits, w.logits_bias, w.out.t(),
-            w.out_bias,
-        ]  # fmt: skip
-        self.weights = cpu.Weights(*map(arrays.place, self.matrices))
+        self.projections = Projections(w)
+        self.weights = self.projections.placed()
         self.parts = share_rows(self.ptr, x.size(1) * (self.channels + w.logits.size(0)))
         self.room = max(TOKENS, int(np.diff(self.ptr).max()))
 
     def forward(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         num_tokens, num_groups = int(self.ptr[-1]), len(self.first)
+        num_values = num_tokens * self.projections.has_value
         key, value, routed = (
             torch.empty(rows, self.channels, dtype=self.dtype)
-            for rows in (num_tokens, num_tokens * self.has_value, num_groups * self.num_states)
+            for rows in (num_tokens, num_values, num_groups * self.num_states)
         )
         mass = torch.empty(num_tokens * self.num_states, dtype=self.dtype)
         out = (key, value, routed, mass)
-        run_all(
-            cpu.forward_kernel,
-            [
-                (
-                    self.x, self.first, self.ptr, self.weights, self._scratch(),
-                    *(rows.numpy() for rows in out), self.heads, self.num_states, self.room, *part,
-                )
-                for part in self.parts
-            ],
-        )  # fmt: skip
+        calls = [
+            (
+                self.x, self.first, self.ptr, self.weights, self._scratch(),
+                *(rows.numpy() for rows in out), self.heads, self.num_states, self.room, *part,
+            )
+            for part in self.parts
+        ]  # fmt: skip
+        run_all(cpu.forward_kernel, calls)
         return out
 
     def backward(self, d_key: Tensor, d_value: Tensor, d_routed: Tensor) -> list[Tensor | None]:
-        turned = cpu.Weights(*(arrays.place(x.t() if x.dim() == 2 else x) for x in self.matrices))
-        grads = [
-            [torch.zeros(x.shape, dtype=self.dtype) for x in self.matrices] for _ in self.parts
-        ]
-        # Tokens of no group have no gradient; where all belong to one, every row is written.
-        is_covered = int(self.ptr[-1]) == len(self.x)
-        d_x = (torch.empty if is_covered else torch.zeros)(self.x.shape, dtype=self.dtype)
+        turned = self.projections.turned()
+        grads = [self.projections.make_grads() for _ in self.parts]
+        d_x = make_token_grads(self.x, int(self.ptr[-1]), self.dtype)
         rows = [arrays.array(x) for x in (d_key, d_value, d_routed)]
-        run_all(
-            cpu.backward_kernel,
-            [
-                (
-                    self.x, self.first, self.ptr, self.weights, turned, self._scratch(), *rows,
-                    cpu.Weights(*(x.numpy() for x in own)), d_x.numpy(), self.heads,
-                    self.num_states, self.room, *part,
-                )
-                for part, own in zip(self.parts, grads, strict=True)
-            ],
-        )  # fmt: skip
-        g: Any = cpu.Weights(*(sum(own[1:], own[0]) for own in zip(*grads, strict=True)))
-        value = (g.value.t(), g.value_bias) if self.has_value else (None, None)
-        return [
-            d_x, g.key.t(), g.key_bias, *value, g.logits, g.logits_bias, g.out.t(), g.out_bias,
+        calls = [
+            (
+                self.x, self.first, self.ptr, self.weights, turned, self._scratch(), *rows, own,
+                d_x.numpy(), self.heads, self.num_states, self.room, *part,
+            )
+            for part, own in zip(self.parts, grads, strict=True)
         ]  # fmt: skip
+        run_all(cpu.backward_kernel, calls)
+        return [d_x, *self.projections.total(grads)]
 
     def _scratch(self) -> cpu.Scratch:
-        rows, columns = self.heads * self.num_states, arrays.spread(self.room)
-        width, sums = self.x.shape[1], min(self.room, len(self.first)) * self.num_states
-        empty = partial(arrays.empty, self.dtype)
-        return cpu.Scratch(
-            x=empty(self.room, width),
-            x_turned=empty(width, columns),
-            heads=empty(rows, columns),
-            weights=empty(self.num_states, columns),
-            sums=empty(sums, width),
-            d_sums=empty(sums, width),
-            d_weights=empty(self.num_states, columns),
-            d_heads=empty(rows, columns),
-            d_x=empty(self.room, width),
-        )
+        num_groups, width = min(self.room, len(self.first)), self.x.shape[1]
+        return make_scratch(self.dtype, self.room, num_groups, width, self.heads, self.num_states)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nsm_graph.ops.hoist import HoistWeights, TokenGroups, check_tokens, hoist
 from nsm_graph.ops.segment_loop import reference
 from nsm_graph.ops.segment_loop.inputs import LoopSegments as LoopSegments
 from nsm_graph.ops.segment_loop.inputs import LoopWeights as LoopWeights
@@ -69,6 +70,59 @@ def segment_loop(
     from nsm_graph.ops.segment_loop import fused
 
     return fused.segment_loop(states, routed, key, value, segments, weights, heads, keep)
+
+
+def token_loop(
+    states: Tensor,
+    x: Tensor,
+    first: Tensor,
+    projections: HoistWeights,
+    segments: LoopSegments,
+    weights: LoopWeights,
+    heads: int,
+    *,
+    keep: bool = True,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    r"""The same from tokens: :func:`nsm_graph.ops.hoist`, whose results never leave the cache.
+
+    Args:
+        states: The states before the first step.
+        x: The tokens, those of a group one after another.
+        first: For each group, its first token in ``x``.
+        projections: What makes keys, values and routed sums of tokens.
+        segments: The steps.
+        weights: The cell's.
+        heads: H, of router and attention.
+        keep: See :func:`segment_loop`.
+        backend: The same.
+
+    Shapes:
+        - **input:** states :math:`(BN, C)`, x :math:`(T, C_t)`, first :math:`(G,)`
+        - **output:** states after every step :math:`(GN, C)` and after the last of each example
+          :math:`(BN, C)`; routing weights :math:`(TN,)` by group, state and token, constants to
+          autograd
+
+    Raises:
+        ValueError: If shapes or types disagree.
+    """
+    if backend not in (*BACKENDS, None):
+        raise ValueError(f"backend must be one of {BACKENDS} or None, but is {backend!r}")
+    groups = TokenGroups(first, segments.token_ptr)
+    check_tokens(x, groups, projections, heads)
+    num_states = projections.logits.size(0) // heads
+    rows = x.new_empty(1, 1).expand(first.numel() * num_states, states.size(-1))
+    tokens = x.new_empty(1, 1).expand(int(segments.token_ptr[-1]), projections.key.size(0))
+    _check(states, rows, tokens, tokens, segments, weights, heads)
+    if backend is None:
+        backend = "cpu" if states.is_cpu and states.dtype == torch.float32 else "reference"
+    if backend == "reference" or first.numel() == 0:
+        key, value, routed, mass = hoist(x, groups, projections, heads, backend="reference")
+        after, final = reference.segment_loop(states, routed, key, value, segments, weights, heads)
+        return after, final, mass
+    from nsm_graph.ops.segment_loop import fused
+
+    return fused.token_loop(states, x, first, projections, segments, weights, heads, keep)
 
 
 def _check(

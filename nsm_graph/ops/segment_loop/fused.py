@@ -8,7 +8,7 @@ undone for the gradients.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +16,11 @@ from torch import Tensor
 
 from nsm_graph.ops.cpu import arrays
 from nsm_graph.ops.cpu.threads import run_all
+from nsm_graph.ops.hoist import reference as hoist_reference
+from nsm_graph.ops.hoist.cpu import Scratch as HoistScratch
+from nsm_graph.ops.hoist.cpu import Weights as HoistArrays
+from nsm_graph.ops.hoist.fused import Projections, make_scratch, make_token_grads
+from nsm_graph.ops.hoist.inputs import HoistWeights, TokenGroups
 from nsm_graph.ops.segment_loop import cpu, reference
 from nsm_graph.ops.segment_loop.inputs import LoopSegments, LoopWeights
 
@@ -39,47 +44,91 @@ def segment_loop(
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
     """States after every step, ``[G N, C]``, and after each example's last."""
-    has_grad = torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in (states, routed, key, value, *weights)
-    )
-    is_shared = key is value
-    return _Loop.apply(
-        segments, heads, keep and has_grad, states, routed, key,
-        None if is_shared else value, *weights,
-    )  # fmt: skip
+    given = [states, routed, key, None if key is value else value, *[None] * 9, *weights]
+    after, final, _ = _Loop.apply(_Call(segments, None, heads, keep and _has_grad(given)), *given)
+    return after, final
+
+
+def token_loop(
+    states: Tensor,
+    x: Tensor,
+    first: Tensor,
+    projections: HoistWeights,
+    segments: LoopSegments,
+    weights: LoopWeights,
+    heads: int,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same of tokens, and their routing weights."""
+    given = [states, None, None, None, x, *projections, *weights]
+    return _Loop.apply(_Call(segments, first, heads, keep and _has_grad(given)), *given)
+
+
+def _has_grad(given: list[Tensor | None]) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
+
+
+class _Call(NamedTuple):
+    """What a call is told beside tensors with gradients."""
+
+    segments: LoopSegments
+    first: Tensor | None  #: where the tokens of each group begin, if the loop is given tokens
+    heads: int
+    is_kept: bool
+
+
+class _Given(NamedTuple):
+    """The tensors of a call: rows or tokens."""
+
+    states: Tensor
+    routed: Any  #: rows are None where tokens are given
+    key: Any
+    value: Any  #: None where values are keys, too
+    x: Any  #: None where rows are given, as all projections are
+    projections: HoistWeights
+    weights: LoopWeights
+
+
+def _name(given: Any) -> _Given:
+    states, routed, key, value, x = given[:5]
+    projections, weights = HoistWeights(*given[5:13]), LoopWeights(*given[13:])
+    return _Given(states, routed, key, value, x, projections, weights)
 
 
 class _Loop(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, segments, heads, is_kept, states, routed, key, value, *weights):  # type: ignore[no-untyped-def]
-        run = _Run(segments, heads, is_kept, states, routed, key, value, weights)
-        after, final = run.forward()
-        ctx.run = run
-        ctx.options = segments, heads
-        ctx.save_for_backward(states, routed, key, value, after, *weights)
+    def forward(ctx, call, *given):  # type: ignore[no-untyped-def]
+        run = _Run(call, _name(given))
+        after, final, mass = run.forward()
+        ctx.run, ctx.call = run, call
+        ctx.save_for_backward(*given, after)
+        ctx.mark_non_differentiable(mass)
         ctx.set_materialize_grads(False)  # most want the final states only
-        return after, final
+        return after, final, mass
 
     @staticmethod
-    def backward(ctx, d_after, d_final):  # type: ignore[no-untyped-def]
-        states, routed, key, value, after, *weights = ctx.saved_tensors
+    def backward(ctx, d_after, d_final, _):  # type: ignore[no-untyped-def]
+        *given, after = ctx.saved_tensors
         if torch.is_grad_enabled():
-            given = [states, routed, key, value, *weights]
-            found = _through_the_reference([d_after, d_final], given, *ctx.options)
-            return None, None, None, *found
-        return None, None, None, *ctx.run.backward(d_after, d_final, after)
+            return None, *_through_the_reference([d_after, d_final], given, ctx.call)
+        return None, *ctx.run.backward(d_after, d_final, after)
 
 
-def _through_the_reference(grads, given, segments, heads):  # type: ignore[no-untyped-def]
+def _through_the_reference(grads, given, call):  # type: ignore[no-untyped-def]
     """The same gradients in a form that has gradients itself."""
     with torch.enable_grad():
         # Views: what one input makes of another belongs to the caller's graph, not to this one.
         given = [None if x is None else x.view_as(x) for x in given]
-        states, routed, key, value, *weights = given
+        own = _name(given)
+        routed, key, value = own.routed, own.key, own.key if own.value is None else own.value
+        if own.x is not None:
+            groups = TokenGroups(call.first, call.segments.token_ptr)
+            key, value, routed, _ = hoist_reference.hoist(
+                own.x, groups, own.projections, call.heads
+            )
         results = reference.segment_loop(
-            states, routed, key, key if value is None else value, segments, LoopWeights(*weights),
-            heads,
-        )  # fmt: skip
+            own.states, routed, key, value, call.segments, own.weights, call.heads
+        )
         asked = [(x, grad) for x, grad in zip(results, grads, strict=True) if grad is not None]
         wanted = [x for x in given if x is not None and x.requires_grad]
         outputs, directions = zip(*asked, strict=True)
@@ -96,24 +145,50 @@ def _through_the_reference(grads, given, segments, heads):  # type: ignore[no-un
 class _Run:
     """Arrays of one forward, and the backward that belongs to it."""
 
-    def __init__(self, segments, heads, is_kept, states, routed, key, value, weights) -> None:  # type: ignore[no-untyped-def]
-        self.heads, self.is_kept, self.is_shared = heads, is_kept, value is None
-        self.dtype = states.dtype
-        self.states, self.routed, self.key = map(arrays.array, (states, routed, key))
-        self.value = self.key if value is None else arrays.array(value)
-        num_active = segments.num_active.numpy()
-        self.segments = cpu.Segments(
-            segments.token_ptr.numpy(), np.cumsum(num_active) - num_active, num_active
-        )
-        self.num_states = self.routed.shape[0] // (len(self.segments.token_ptr) - 1)
-        self.turned = _turn(weights, heads)
+    def __init__(self, call: _Call, given: _Given) -> None:
+        self.call, self.heads, self.is_kept = call, call.heads, call.is_kept
+        self.dtype = given.states.dtype
+        self.states = arrays.array(given.states)
+        ptr, num_active = (x.numpy() for x in call.segments)
+        self.segments = cpu.Segments(ptr, np.cumsum(num_active) - num_active, num_active)
+        self.has_tokens, self.has_talk = given.x is not None, given.weights.qkv is not None
+        self.num_groups, self.num_tokens = len(ptr) - 1, int(ptr[-1])
+        self.projections = Projections(given.projections) if self.has_tokens else None
+        if given.x is not None:
+            self.is_shared = given.projections.value is None
+            self.num_states = given.projections.logits.size(0) // self.heads
+            self.rows = cpu.Rows(*[self._empty(0, 0)] * 3)
+            self.x = arrays.array(given.x)
+        else:
+            self.is_shared = given.value is None
+            key, value, routed = (
+                arrays.array(x)
+                for x in (
+                    given.key,
+                    given.key if given.value is None else given.value,
+                    given.routed,
+                )
+            )
+            self.num_states = len(routed) // self.num_groups
+            self.rows = cpu.Rows(key, value, routed)
+            self.x = self._empty(0, 0)
+        self.turned = _turn(given.weights, self.heads)
         self.weights = cpu.Weights(*map(arrays.place, self.turned))
-        self.has_talk = weights[8] is not None
         self.chunks = self._share()
         self.most_examples = max(int((part[:, 1] - part[:, 0]).max()) for part in self.chunks)
-        self.longest = int(np.diff(self.segments.token_ptr).max())
-        self.places, self.kept_size = self._find_places() if is_kept else (self.chunks, 0)
+        self.longest = int(np.diff(ptr).max())
+        self.places, self.kept_size = self._find_places() if self.is_kept else (self.chunks, 0)
         self.kept: np.ndarray | None = None
+
+    def _empty(self, *shape: int) -> np.ndarray:
+        return arrays.empty(self.dtype, *shape)
+
+    def _tokens(self, mass: np.ndarray) -> cpu.Tokens:
+        if self.projections is None or self.call.first is None:
+            nothing = [self._empty(*shape) for shape in ((0, 0), (0,)) * 4]
+            return cpu.Tokens(self.x, np.empty(0, np.int64), HoistArrays(*nothing), 1, mass)
+        first = self.call.first.numpy()
+        return cpu.Tokens(self.x, first, self.projections.placed(), self.heads, mass)
 
     def _share(self) -> list[np.ndarray]:
         """For each thread, ranges of examples."""
@@ -143,26 +218,29 @@ class _Run:
         cuts = np.cumsum([len(part) for part in self.chunks])[:-1]
         return [np.ascontiguousarray(x) for x in np.split(ends - sizes, cuts)], int(ends[-1, -1])
 
-    def forward(self) -> tuple[Tensor, Tensor]:
-        self.kept, after, final = self._read()
-        return after, final
+    def forward(self) -> tuple[Tensor, Tensor, Tensor]:
+        self.kept, after, final, mass = self._read()
+        return after, final, mass
 
-    def _read(self) -> tuple[np.ndarray, Tensor, Tensor]:
+    def _read(self) -> tuple[np.ndarray, Tensor, Tensor, Tensor]:
         kept = self._take()
-        after = torch.empty(self.routed.shape, dtype=self.dtype)
+        channels = self.states.shape[1]
+        after = torch.empty(self.num_groups * self.num_states, channels, dtype=self.dtype)
         final = torch.empty(self.states.shape, dtype=self.dtype)
+        mass = torch.empty(self.num_tokens * self.num_states * self.has_tokens, dtype=self.dtype)
         num_read = int(self.segments.num_active[0]) * self.num_states
         final[num_read:] = torch.from_numpy(self.states[num_read:])
+        tokens = self._tokens(mass.numpy())
         calls = [
             (
-                self.states, self.routed, self.key, self.value, self.segments, self.weights,
-                self._made(), self._scratch(), kept, places, after.numpy(), final.numpy(),
-                self.heads, self.num_states, chunks,
+                self.states, self.rows, tokens, self.segments, self.weights, self._made(),
+                self._scratch(), kept, places, after.numpy(), final.numpy(), self.heads,
+                self.num_states, chunks,
             )
             for chunks, places in zip(self.chunks, self.places, strict=True)
         ]  # fmt: skip
         run_all(cpu.forward_kernel, calls)
-        return kept, after, final
+        return kept, after, final, mass
 
     def backward(
         self, d_after: Tensor | None, d_final: Tensor | None, after: Tensor
@@ -170,33 +248,50 @@ class _Run:
         # Whoever goes back through a retained graph at the same time must not use this, too.
         kept, self.kept = self.kept, None
         if kept is None:  # a second backward
-            kept, _, _ = self._read()
+            kept, *_ = self._read()
         turned = cpu.Weights(*(arrays.place(x.t() if x.dim() == 2 else x) for x in self.turned))
         grads = [[torch.zeros(x.shape, dtype=self.dtype) for x in self.turned] for _ in self.chunks]
         d_states = np.zeros_like(self.states)
-        d_routed, d_key = np.empty_like(self.routed), np.empty_like(self.key)
-        d_value = d_key if self.is_shared else np.empty_like(self.value)
-        nothing = np.empty((0, self.states.shape[1]), self.states.dtype)
+        nothing = self._empty(0, self.states.shape[1])
         given = [nothing if grad is None else arrays.array(grad) for grad in (d_after, d_final)]
         if d_final is not None:
             d_states[:] = given[1]  # of examples that never read; the others' are written over
+        d_rows = self._like_rows()
+        # A step that is made again makes its routing weights again, too.
+        mass = self._empty(0 if self.is_kept else self.num_tokens * self.num_states)
+        tokens = self._tokens(mass)
+        d_x = make_token_grads(self.x, self.num_tokens, self.dtype)
+        token_grads = [self._token_grads(tokens, d_x.numpy()) for _ in self.chunks]
         calls = [
             (
-                *given, self.states, self.routed, self.key, self.value, self.segments,
-                self.weights, turned, self._made(), self._scratch(), kept, places, after.numpy(),
-                cpu.Weights(*(x.numpy() for x in part)), d_states, d_routed, d_key, d_value,
-                self.heads, self.num_states, chunks, self.is_shared,
+                *given, self.states, self.rows, tokens, self.segments, self.weights, turned,
+                self._made(), self._scratch(), kept, places, after.numpy(),
+                cpu.Weights(*(x.numpy() for x in part)), d_states, d_rows, own, self.heads,
+                self.num_states, chunks, self.is_shared,
             )
-            for part, chunks, places in zip(grads, self.chunks, self.places, strict=True)
+            for part, own, chunks, places in zip(
+                grads, token_grads, self.chunks, self.places, strict=True
+            )
         ]  # fmt: skip
         run_all(cpu.backward_kernel, calls)
         self._give_back(kept)
         total = [sum(parts[1:], parts[0]) for parts in zip(*grads, strict=True)]
-        rows = (d_states, d_routed, d_key, None if self.is_shared else d_value)
-        return [
-            *(None if x is None else torch.from_numpy(x) for x in rows),
-            *_turn_back(total, self.heads, self.has_talk),
-        ]
+        found = _turn_back(total, self.heads, self.has_talk)
+        before = torch.from_numpy(d_states)
+        if self.projections is not None:
+            projections = self.projections.total([own.weights for own in token_grads])
+            return [before, None, None, None, d_x, *projections, *found]
+        key, value, routed = map(torch.from_numpy, d_rows)
+        return [before, routed, key, None if self.is_shared else value, None, *[None] * 8, *found]
+
+    def _like_rows(self) -> cpu.Rows:
+        key, value, routed = (np.empty_like(x) for x in self.rows)
+        return cpu.Rows(key, key if self.is_shared else value, routed)
+
+    def _token_grads(self, tokens: cpu.Tokens, d_x: np.ndarray) -> cpu.TokenGrads:
+        if self.projections is None:
+            return cpu.TokenGrads(tokens.weights, tokens.weights, d_x)
+        return cpu.TokenGrads(self.projections.turned(), self.projections.make_grads(), d_x)
 
     # Memory
 
@@ -234,6 +329,9 @@ class _Run:
         return cpu.Scratch(
             turned=empty(channels // self.heads, self.num_states),
             slopes=empty(max(self.longest, self.num_states) * self.num_states),
+            rows=self._step_rows(),
+            d_rows=self._step_rows(),
+            hoist=self._hoist_scratch(),
             after=empty(rows, channels),
             d_state=empty(rows, channels),
             d_mixed=empty(rows, channels),
@@ -243,6 +341,22 @@ class _Run:
             d_x=empty(rows, 3 * channels),
             d_qkv=empty(rows, 3 * channels),
         )
+
+    def _step_rows(self) -> cpu.Rows:
+        """Room for what a step makes of its tokens."""
+        channels = self.states.shape[1]
+        most_tokens = self.most_examples * self.longest * self.has_tokens
+        most_rows = self.most_examples * self.num_states * self.has_tokens
+        key = self._empty(most_tokens, channels)
+        value = key if self.is_shared else self._empty(most_tokens, channels)
+        return cpu.Rows(key, value, self._empty(most_rows, channels))
+
+    def _hoist_scratch(self) -> HoistScratch:
+        most_tokens = self.most_examples * self.longest * self.has_tokens
+        return make_scratch(
+            self.dtype, most_tokens, self.most_examples, self.x.shape[1], self.heads,
+            self.num_states,
+        )  # fmt: skip
 
 
 # Parameters ########################################################################

@@ -7,8 +7,11 @@ softmax runs down columns, lane by lane. What a step made is kept for backward, 
 """
 
 from nsm_graph.ops.segment_loop.cpu.arrays import Made as Made
+from nsm_graph.ops.segment_loop.cpu.arrays import Rows as Rows
 from nsm_graph.ops.segment_loop.cpu.arrays import Scratch as Scratch
 from nsm_graph.ops.segment_loop.cpu.arrays import Segments as Segments
+from nsm_graph.ops.segment_loop.cpu.arrays import TokenGrads as TokenGrads
+from nsm_graph.ops.segment_loop.cpu.arrays import Tokens as Tokens
 from nsm_graph.ops.segment_loop.cpu.arrays import Weights as Weights
 from nsm_graph.ops.segment_loop.cpu.backward import backward_kernel as backward_kernel
 from nsm_graph.ops.segment_loop.cpu.forward import forward_kernel as forward_kernel

@@ -34,6 +34,32 @@ class Segments(NamedTuple):
     num_active: Array  #: [steps], examples that still read; the first ones, longest first
 
 
+class Rows(NamedTuple):
+    """What the loop reads, group by group; empty where it is made of tokens, step by step."""
+
+    key: Array  #: [tokens, C]
+    value: Array  #: [tokens, C]
+    routed: Array  #: [groups N, C]
+
+
+class Tokens(NamedTuple):
+    """What the loop's rows are made of; empty where they are given."""
+
+    x: Array  #: [tokens, C_t]
+    first: Array  #: [groups], where the tokens of each begin in `x`
+    weights: Any  #: hoist.cpu.Weights
+    heads: int  #: of the router
+    mass: Array  #: [tokens N], routing weights, a result
+
+
+class TokenGrads(NamedTuple):
+    """Gradients of `Tokens`."""
+
+    turned: Any  #: hoist.cpu.Weights, [out, in]
+    weights: Any  #: hoist.cpu.Weights, added to
+    x: Array
+
+
 class Made(NamedTuple):
     """What a step makes, one row per state: backward reads it. It stays in a thread's cache."""
 
@@ -54,6 +80,9 @@ class Scratch(NamedTuple):
 
     turned: Array  #: [D, N], an operand of attention, transposed
     slopes: Array  #: [longest segment N], gradients of attention's weights
+    rows: Rows  #: a step's, where they are made of tokens
+    d_rows: Rows
+    hoist: Any  #: hoist.cpu.Scratch
     after: Array  #: [rows, C], a step's result that is made again
     d_state: Array  #: [rows, C]; gradients, by the names of `Made`
     d_mixed: Array  #: [rows, C]

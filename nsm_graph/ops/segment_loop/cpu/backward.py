@@ -12,7 +12,17 @@ import numba
 from nsm_graph.ops.cpu import vectors
 from nsm_graph.ops.cpu.compiled import BORROWING, Kernel
 from nsm_graph.ops.cpu.matmul import add_product, multiply
-from nsm_graph.ops.segment_loop.cpu.arrays import Array, Made, Scratch, Segments, Weights
+from nsm_graph.ops.hoist.cpu import hoist_block, hoist_block_backward, project, route
+from nsm_graph.ops.segment_loop.cpu.arrays import (
+    Array,
+    Made,
+    Rows,
+    Scratch,
+    Segments,
+    TokenGrads,
+    Tokens,
+    Weights,
+)
 from nsm_graph.ops.segment_loop.cpu.forward import copy_rows, take_step
 from nsm_graph.ops.segment_loop.cpu.history import recall
 
@@ -142,16 +152,17 @@ def _read_backward(  # type: ignore[no-untyped-def]
     add_product(dx[:, : 2 * channels], dg[:, : 2 * channels], t.gates)
     d_update = dx[:, channels : 2 * channels]
     for i in range(num_rows):
-        source, target = dx[i, channels : 2 * channels], d_routed[group * num_states + i]
+        source, target = dx[i, channels : 2 * channels], d_routed[i]
         for j in range(channels):
             target[j] = source[j]
     _add_rows(grads.out_bias, dx, channels)
     add_product(grads.out, attended.T, d_update)
     multiply(d_attended, d_update, t.out)
     for example in range(count):
-        first, end = token_ptr[group + example], token_ptr[group + example + 1]
+        first = token_ptr[group + example] - token_ptr[group]
+        end = token_ptr[group + example + 1] - token_ptr[group]
         mine = slice(example * num_states, (example + 1) * num_states)
-        place = (first - token_ptr[group]) * heads * num_states
+        place = first * heads * num_states
         for head in range(heads):
             columns = slice(head * width, (head + 1) * width)
             size = (end - first) * num_states
@@ -188,9 +199,8 @@ def backward_kernel(
     d_after: Array,
     d_final: Array,
     states: Array,
-    routed: Array,
-    key: Array,
-    value: Array,
+    rows: Rows,
+    tokens: Tokens,
     segments: Segments,
     w: Weights,
     t: Weights,
@@ -201,9 +211,8 @@ def backward_kernel(
     after: Array,
     grads: Weights,
     d_states: Array,
-    d_routed: Array,
-    d_key: Array,
-    d_value: Array,
+    d_rows: Rows,
+    d_tokens: TokenGrads,
     heads: int,
     num_states: int,
     chunks: Array,
@@ -213,7 +222,8 @@ def backward_kernel(
 
     ``d_after`` or ``d_final`` may be empty: nobody asked for that result.
     """
-    channels = states.shape[1]
+    channels, ptr = states.shape[1], segments.token_ptr
+    has_tokens = tokens.x.shape[0] > 0
     zero = states.dtype.type(0)
     d_state = scratch.d_state
     for chunk in range(chunks.shape[0]):
@@ -224,33 +234,59 @@ def backward_kernel(
             if count <= 0:
                 continue
             group = segments.first_group[step] + example
-            rows = count * num_states
+            first, end = ptr[group], ptr[group + count]
+            num_rows = count * num_states
             before = states[example * num_states :]
             if step > 0:
                 before = after[(segments.first_group[step - 1] + example) * num_states :]
+            key, value, routed = scratch.rows.key, scratch.rows.value, scratch.rows.routed
+            d_key, d_value, d_routed = (
+                scratch.d_rows.key, scratch.d_rows.value, scratch.d_rows.routed,
+            )  # fmt: skip
+            if not has_tokens:
+                key, value = rows.key[first:end], rows.value[first:end]
+                routed = rows.routed[group * num_states :]
+                d_key, d_value = d_rows.key[first:end], d_rows.value[first:end]
+                d_routed = d_rows.routed[group * num_states :]
+            elif kept.shape[0] > 0:
+                route(
+                    tokens.weights, scratch.hoist, tokens.x, tokens.first, ptr, group,
+                    group + count, tokens.heads, num_states,
+                )  # fmt: skip
+                project(tokens.weights, scratch.hoist, end - first, key, value)
+            else:
+                hoist_block(
+                    tokens.weights, scratch.hoist, tokens.x, tokens.first, ptr, group,
+                    group + count, key, value, routed, tokens.mass, tokens.heads, num_states,
+                )  # fmt: skip
             if kept.shape[0] > 0:
-                tokens = segments.token_ptr[group + count] - segments.token_ptr[group]
-                recall(made, kept, places[chunk, step], before, rows, tokens, num_states, heads)
+                place = places[chunk, step]
+                recall(made, kept, place, before, num_rows, end - first, num_states, heads)
             else:
                 take_step(
-                    scratch.after[:rows], w, made, before, key, value, routed, segments, step,
-                    example, count, num_states, heads, scratch.turned,
+                    scratch.after[:num_rows], w, made, before, key, value, routed, ptr, group,
+                    count, num_states, heads, scratch.turned,
                 )  # fmt: skip
             if count > known:
-                d_state[known * num_states : rows] = zero
+                d_state[known * num_states : num_rows] = zero
                 if d_final.shape[0] > 0:
-                    first = (example + known) * num_states
                     _add(
-                        d_state[known * num_states : rows],
-                        d_final[first : (example + count) * num_states],
+                        d_state[known * num_states :],
+                        d_final[(example + known) * num_states : (example + count) * num_states],
                     )
                 known = count
             if d_after.shape[0] > 0:
-                _add(d_state, d_after[group * num_states : group * num_states + rows])
+                _add(d_state, d_after[group * num_states : group * num_states + num_rows])
             if w.qkv.shape[0] > 0:
                 _talk_backward(w, t, made, scratch, grads, count, num_states, heads)
             _read_backward(
                 t, made, scratch, grads, key, value, d_key, d_value, d_routed,
-                segments.token_ptr, group, count, num_states, heads, is_shared,
+                ptr, group, count, num_states, heads, is_shared,
             )  # fmt: skip
+            if has_tokens:
+                hoist_block_backward(
+                    tokens.weights, d_tokens.turned, scratch.hoist, d_tokens.weights, tokens.first,
+                    ptr, group, group + count, d_key, d_value, d_routed, d_tokens.x, tokens.heads,
+                    num_states,
+                )  # fmt: skip
         copy_rows(d_states[example * num_states :], d_state[: known * num_states], 0, channels)

@@ -14,7 +14,16 @@ import numpy as np
 from nsm_graph.ops.cpu import vectors
 from nsm_graph.ops.cpu.compiled import BORROWING, Kernel
 from nsm_graph.ops.cpu.matmul import add_product, affine, multiply
-from nsm_graph.ops.segment_loop.cpu.arrays import Array, Made, Scratch, Segments, Weights
+from nsm_graph.ops.hoist.cpu import hoist_block
+from nsm_graph.ops.segment_loop.cpu.arrays import (
+    Array,
+    Made,
+    Rows,
+    Scratch,
+    Segments,
+    Tokens,
+    Weights,
+)
 from nsm_graph.ops.segment_loop.cpu.history import keep
 
 # One step ##########################################################################
@@ -43,9 +52,10 @@ def _read(  # type: ignore[no-untyped-def]
     gates = made.gates[:num_rows]
     affine(query, x[:, :channels], w.query, w.query_bias)
     for example in range(count):
-        first, end = token_ptr[group + example], token_ptr[group + example + 1]
+        first = token_ptr[group + example] - token_ptr[group]
+        end = token_ptr[group + example + 1] - token_ptr[group]
         mine = slice(example * num_states, (example + 1) * num_states)
-        place = (first - token_ptr[group]) * heads * num_states
+        place = first * heads * num_states
         for head in range(heads):
             columns = slice(head * width, (head + 1) * width)
             size = (end - first) * num_states
@@ -57,7 +67,7 @@ def _read(  # type: ignore[no-untyped-def]
             )  # fmt: skip
     for i in range(num_rows):
         # Views of one row: what has no other stride than one is what becomes vector code.
-        start, routed_row = x[i, channels : 2 * channels], routed[group * num_states + i]
+        start, routed_row = x[i, channels : 2 * channels], routed[i]
         for j in range(channels):
             start[j] = routed_row[j] + w.out_bias[j]
     add_product(x[:, channels : 2 * channels], attended, w.out)
@@ -135,16 +145,15 @@ def copy_rows(target, source, first, width):  # type: ignore[no-untyped-def]
 
 @numba.njit(**BORROWING)
 def take_step(  # type: ignore[no-untyped-def]
-    out, w, made, before, key, value, routed, segments, step, example, count, num_states, heads,
-    turned,
-):  # fmt: skip
-    """One step of ``count`` examples: from the states that it finds to those it leaves, ``out``."""
+    out, w, made, before, key, value, routed, token_ptr, group, count, num_states, heads, turned
+):
+    """One step of ``count`` examples: from the states that it finds to those it leaves, ``out``.
+
+    Keys, values and routed sums are this step's alone.
+    """
     channels = before.shape[1]
     copy_rows(made.x, before[: count * num_states], 0, channels)
-    _read(
-        w, made, key, value, routed, segments.token_ptr, segments.first_group[step] + example,
-        count, num_states, heads, turned,
-    )  # fmt: skip
+    _read(w, made, key, value, routed, token_ptr, group, count, num_states, heads, turned)
     if w.qkv.shape[0] > 0:
         _talk(w, made, out, count, num_states, heads, turned)
     else:
@@ -160,9 +169,8 @@ def take_step(  # type: ignore[no-untyped-def]
 @partial(Kernel, options=BORROWING)
 def forward_kernel(
     states: Array,
-    routed: Array,
-    key: Array,
-    value: Array,
+    rows: Rows,
+    tokens: Tokens,
     segments: Segments,
     w: Weights,
     made: Made,
@@ -180,7 +188,7 @@ def forward_kernel(
     Fills ``after[groups N, C]``, the states after every step, ``final[examples N, C]``, those after
     an example's last, and ``kept``, unless it is empty.
     """
-    channels = states.shape[1]
+    channels, ptr = states.shape[1], segments.token_ptr
     for chunk in range(chunks.shape[0]):
         example = chunks[chunk, 0]
         for step in range(segments.num_active.shape[0]):
@@ -192,12 +200,22 @@ def forward_kernel(
             if step > 0:
                 before = after[(segments.first_group[step - 1] + example) * num_states :]
             out = after[group * num_states : (group + count) * num_states]
+            first, end = ptr[group], ptr[group + count]
+            key, value, routed = scratch.rows.key, scratch.rows.value, scratch.rows.routed
+            if tokens.x.shape[0] > 0:
+                hoist_block(
+                    tokens.weights, scratch.hoist, tokens.x, tokens.first, ptr, group,
+                    group + count, key, value, routed, tokens.mass, tokens.heads, num_states,
+                )  # fmt: skip
+            else:
+                key, value = rows.key[first:end], rows.value[first:end]
+                routed = rows.routed[group * num_states :]
             take_step(
-                out, w, made, before, key, value, routed, segments, step, example, count,
-                num_states, heads, scratch.turned,
+                out, w, made, before, key, value, routed, ptr, group, count, num_states, heads,
+                scratch.turned,
             )  # fmt: skip
             if kept.shape[0] > 0:
-                tokens = segments.token_ptr[group + count] - segments.token_ptr[group]
-                keep(kept, places[chunk, step], made, count * num_states, tokens, num_states, heads)
+                place = places[chunk, step]
+                keep(kept, place, made, count * num_states, end - first, num_states, heads)
             # Those that read on overwrite this.
             copy_rows(final[example * num_states :], out, 0, channels)
