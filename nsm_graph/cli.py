@@ -32,8 +32,9 @@ TRAIN_EXTRA = {"jsonargparse", "lightning_fabric", "rich", "safetensors", "tenso
 
 # Shown by `info`.
 PACKAGES = (
-    *("nsm-graph", "torch", "torch-geometric", "numpy", "numba", "torch-scatter", "pyg-lib"),
-    *("lightning-fabric", "jsonargparse", "safetensors", "tensorboard", "rich", "scikit-learn"),
+    *("nsm-graph", "torch", "torch-geometric", "numpy", "numba", "triton", "torch-scatter"),
+    *("pyg-lib", "lightning-fabric", "jsonargparse", "safetensors", "tensorboard", "rich"),
+    "scikit-learn",
 )
 
 
@@ -181,7 +182,9 @@ def bench(argv: list[str]) -> None:
     wrong = [record.case for record in records if not record.correct]
     if wrong:
         raise UserError(f"bench: results differ from the reference in {', '.join(wrong)}")
-    print(f"{'case':58} {'peer':16} {'ours':>9} {'theirs':>9} {'':3} {'ratio':>6} {'target':>7}")
+    title = f"{'case':58} {'peer':16} {'ours':>9} {'theirs':>9} {'':3} {'ratio':>6} {'target':>7}"
+    if records:
+        print(title)
     for record in records:
         pair: tuple[float | None, float | None] = (record.ours_ms, record.peer_ms)
         if record.measure == "mib":

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from nsm_graph.bench.attention import bench_attention as bench_attention
 from nsm_graph.bench.attention import bench_memory as bench_memory
 from nsm_graph.bench.attention import bench_routing as bench_routing
+from nsm_graph.bench.gpu import bench_gpu as bench_gpu
 from nsm_graph.bench.imports import bench_imports as bench_imports
 from nsm_graph.bench.ragged import bench_ragged as bench_ragged
 from nsm_graph.bench.record import BenchRecord as BenchRecord
@@ -15,6 +16,7 @@ from nsm_graph.bench.streaming import bench_streaming as bench_streaming
 #: The benchmarks by name.
 BENCHES: dict[str, Callable[..., list[BenchRecord]]] = {
     "attention": bench_attention,
+    "gpu": bench_gpu,
     "import": bench_imports,
     "memory": bench_memory,
     "ragged": bench_ragged,
