@@ -69,6 +69,10 @@ def check_tokens(x: Tensor, groups: TokenGroups, w: HoistWeights, heads: int) ->
     """Raises unless everything fits."""
     if x.dim() != 2:
         raise ValueError(f"x must have shape (tokens, channels), but has {tuple(x.shape)}")
+    for name, tensor in w._asdict().items():
+        is_optional = name in ("value", "value_bias") and w.value is w.value_bias
+        if tensor is None and not is_optional:
+            raise ValueError(f"weights.{name} is missing")
     channels, width, rows = w.key.size(0), x.size(1), w.logits.size(0)
     if heads < 1 or rows == 0 or rows % heads != 0:
         raise ValueError(f"heads={heads} must divide the {rows} rows of weights.logits")
@@ -78,10 +82,9 @@ def check_tokens(x: Tensor, groups: TokenGroups, w: HoistWeights, heads: int) ->
         "out": (channels, width), "out_bias": (channels,),
     }  # fmt: skip
     for (name, size), tensor in zip(sizes.items(), w, strict=True):
-        if tensor is None:
-            if name not in ("value", "value_bias") or (w.value is None) != (w.value_bias is None):
-                raise ValueError(f"weights.{name} is missing")
-        elif (tensor.shape, tensor.dtype, tensor.device) != (size, x.dtype, x.device):
+        if tensor is None:  # values are keys
+            continue
+        if (tensor.shape, tensor.dtype, tensor.device) != (size, x.dtype, x.device):
             raise ValueError(
                 f"weights.{name} must have shape {size} in {x.dtype} on {x.device}, but has "
                 f"{tuple(tensor.shape)} in {tensor.dtype} on {tensor.device}"

@@ -53,12 +53,15 @@ def _through_the_reference(grads, given, groups, heads):  # type: ignore[no-unty
         given = [None if x is None else x.view_as(x) for x in given]
         x, *weights = given
         out = reference.hoist(x, groups, HoistWeights(*weights), heads)
-        rows, grads = [out.key, out.routed], [grads[0], grads[2]]
-        if weights[2] is not None:
-            rows, grads = [out.key, out.value, out.routed], [grads[0], grads[1], grads[2]]
+        # Where values are keys, there is no second result to ask of.
+        asked = (0, 2) if weights[2] is None else (0, 1, 2)
         wanted = [x for x in given if x is not None and x.requires_grad]
-        found = iter(torch.autograd.grad(rows, wanted, grads, create_graph=True, allow_unused=True))
-    return [next(found) if x is not None and x.requires_grad else None for x in given]
+        found = torch.autograd.grad(
+            [out[i] for i in asked], wanted, [grads[i] for i in asked], create_graph=True,
+            allow_unused=True,
+        )  # fmt: skip
+    rest = iter(found)
+    return [next(rest) if x is not None and x.requires_grad else None for x in given]
 
 
 class Projections:

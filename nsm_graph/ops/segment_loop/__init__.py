@@ -58,13 +58,10 @@ def segment_loop(
           after the last step of each example, :math:`(BN, C)`
 
     Raises:
-        ValueError: If shapes or types disagree.
+        ValueError: If shapes or types disagree, or the backend does not know what it is given.
     """
-    if backend not in (*BACKENDS, None):
-        raise ValueError(f"backend must be one of {BACKENDS} or None, but is {backend!r}")
+    backend = _choose(backend, states)
     _check(states, routed, key, value, segments, weights, heads)
-    if backend is None:
-        backend = "cpu" if states.is_cpu and states.dtype == torch.float32 else "reference"
     if backend == "reference" or routed.numel() == 0:
         return reference.segment_loop(states, routed, key, value, segments, weights, heads)
     from nsm_graph.ops.segment_loop import fused
@@ -104,18 +101,15 @@ def token_loop(
           autograd
 
     Raises:
-        ValueError: If shapes or types disagree.
+        ValueError: If shapes or types disagree, or the backend does not know what it is given.
     """
-    if backend not in (*BACKENDS, None):
-        raise ValueError(f"backend must be one of {BACKENDS} or None, but is {backend!r}")
+    backend = _choose(backend, states)
     groups = TokenGroups(first, segments.token_ptr)
     check_tokens(x, groups, projections, heads)
     num_states = projections.logits.size(0) // heads
     rows = x.new_empty(1, 1).expand(first.numel() * num_states, states.size(-1))
     tokens = x.new_empty(1, 1).expand(int(segments.token_ptr[-1]), projections.key.size(0))
     _check(states, rows, tokens, tokens, segments, weights, heads)
-    if backend is None:
-        backend = "cpu" if states.is_cpu and states.dtype == torch.float32 else "reference"
     if backend == "reference" or first.numel() == 0:
         key, value, routed, mass = hoist(x, groups, projections, heads, backend="reference")
         after, final = reference.segment_loop(states, routed, key, value, segments, weights, heads)
@@ -123,6 +117,21 @@ def token_loop(
     from nsm_graph.ops.segment_loop import fused
 
     return fused.token_loop(states, x, first, projections, segments, weights, heads, keep)
+
+
+def _choose(backend: str | None, states: Tensor) -> str:
+    """The backend for these states; raises where the one that is asked for cannot serve them."""
+    if backend not in (*BACKENDS, None):
+        raise ValueError(f"backend must be one of {BACKENDS} or None, but is {backend!r}")
+    if backend is None:
+        return "cpu" if states.is_cpu and states.dtype == torch.float32 else "reference"
+    is_known = states.is_cpu and states.dtype in (torch.float32, torch.float64)
+    if backend == "cpu" and not is_known:
+        raise ValueError(
+            f"the kernel takes torch.float32 and torch.float64 on cpu, but states are "
+            f"{states.dtype} on {states.device}; ask for backend='reference'"
+        )
+    return backend
 
 
 def _check(

@@ -109,6 +109,8 @@ class _Loop(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_after, d_final, _):  # type: ignore[no-untyped-def]
         *given, after = ctx.saved_tensors
+        if d_after is None and d_final is None:  # what read them had no gradient itself
+            return None, *[None] * len(given)
         if torch.is_grad_enabled():
             return None, *_through_the_reference([d_after, d_final], given, ctx.call)
         return None, *ctx.run.backward(d_after, d_final, after)
@@ -285,7 +287,7 @@ class _Run:
         return [before, routed, key, None if self.is_shared else value, None, *[None] * 8, *found]
 
     def _like_rows(self) -> cpu.Rows:
-        key, value, routed = (np.empty_like(x) for x in self.rows)
+        key, value, routed = (self._empty(*x.shape) for x in self.rows)
         return cpu.Rows(key, key if self.is_shared else value, routed)
 
     def _token_grads(self, tokens: cpu.Tokens, d_x: np.ndarray) -> cpu.TokenGrads:
