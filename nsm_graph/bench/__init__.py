@@ -7,6 +7,7 @@ from nsm_graph.bench.attention import bench_memory as bench_memory
 from nsm_graph.bench.attention import bench_routing as bench_routing
 from nsm_graph.bench.gpu import bench_gpu as bench_gpu
 from nsm_graph.bench.imports import bench_imports as bench_imports
+from nsm_graph.bench.loop import bench_loop as bench_loop
 from nsm_graph.bench.ragged import bench_ragged as bench_ragged
 from nsm_graph.bench.record import BenchRecord as BenchRecord
 from nsm_graph.bench.scaling import bench_scaling as bench_scaling
@@ -18,6 +19,7 @@ BENCHES: dict[str, Callable[..., list[BenchRecord]]] = {
     "attention": bench_attention,
     "gpu": bench_gpu,
     "import": bench_imports,
+    "loop": bench_loop,
     "memory": bench_memory,
     "ragged": bench_ragged,
     "routing": bench_routing,

@@ -22,6 +22,8 @@ from nsm_graph.ops.cpu import llvm
 from nsm_graph.ops.cpu.compiled import BORROWING
 
 _BYTE = ir.IntType(8)
+#: Columns of the left operand that are worked through before the next tile.
+DEPTH = 128
 
 
 def _matrix(context: Any, builder: Any, kind: Any, array: Any) -> tuple[Any, Any, Any]:
@@ -155,8 +157,9 @@ def multiply(out, a, b):  # type: ignore[no-untyped-def]
 
 @numba.njit(**BORROWING)
 def add_product(out, a, b):  # type: ignore[no-untyped-def]
-    """``out += a b``."""
-    _from_out(out, a, b, out)
+    """``out += a b``, piece by piece: both operands of a piece fit the first-level cache."""
+    for first in range(0, b.shape[0], DEPTH):
+        _from_out(out, a[:, first : first + DEPTH], b[first : first + DEPTH], out)
 
 
 @numba.njit(**BORROWING)
