@@ -26,15 +26,19 @@ OPTIONS: dict[str, Any] = {
 #: instructions, together a seventh of the segment loop.
 BORROWING: dict[str, Any] = {**OPTIONS, "_nrt": False}
 
+#: For the parts of such kernels: nobody calls them from outside, and compiling is shorter.
+INNER: dict[str, Any] = {**BORROWING, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+
 #: Loading from disk takes less; whoever waits longer waits for the compiler.
 PATIENCE = 2.0
 
 
 @cache
-def _digest(folder: Path) -> str:
-    """Of all that kernels are made of beside their own file, which is all that Numba looks at."""
-    sources = sorted([*Path(__file__).parent.glob("*.py"), *folder.glob("*.py")])
-    return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:12]
+def _digest() -> str:
+    """Of all that kernels are made of; Numba looks at a kernel's own file only."""
+    sources = Path(__file__).parents[1].rglob("*.py")
+    parts = sorted(source for source in sources if "cpu" in (source.stem, source.parent.name))
+    return hashlib.sha256(b"".join(part.read_bytes() for part in parts)).hexdigest()[:12]
 
 
 class Kernel:
@@ -47,8 +51,7 @@ class Kernel:
     def __init__(self, function: Callable[..., None], options: Mapping[str, Any] = OPTIONS) -> None:
         update_wrapper(self, function)
         self.name = function.__name__
-        folder = Path(function.__code__.co_filename).parent
-        function.__qualname__ = f"{self.name}_{_digest(folder)}"  # names the file on disk
+        function.__qualname__ = f"{self.name}_{_digest()}"  # names the file on disk
         try:
             self._compiled = numba.njit(cache=True, **options)(function)
             self._fate = "it is kept on disk"

@@ -19,7 +19,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from nsm_graph.ops.cpu import llvm
-from nsm_graph.ops.cpu.compiled import BORROWING
+from nsm_graph.ops.cpu.compiled import INNER
 
 _BYTE = ir.IntType(8)
 #: Columns of the left operand that are worked through before the next tile.
@@ -124,7 +124,7 @@ def _make_tile(rows: int, start: str) -> Any:
 def _make_product(start: str) -> Any:
     tile8, tile4, tile1 = (_make_tile(rows, start) for rows in (8, 4, 1))
 
-    @numba.njit(**BORROWING)
+    @numba.njit(**INNER)
     def product(out, a, b, initial):  # type: ignore[no-untyped-def]
         num_rows, num_columns = out.shape
         lanes = 64 // out.itemsize
@@ -149,20 +149,21 @@ def _make_product(start: str) -> Any:
 _from_zero, _from_out, _from_bias = (_make_product(start) for start in ("zero", "out", "bias"))
 
 
-@numba.njit(**BORROWING)
+@numba.njit(**INNER)
 def multiply(out, a, b):  # type: ignore[no-untyped-def]
     """``out = a b``."""
-    _from_zero(out, a, b, out)
+    _from_zero(out[:, :], a[:, :], b[:, :], out[:, :])
 
 
-@numba.njit(**BORROWING)
+@numba.njit(**INNER)
 def add_product(out, a, b):  # type: ignore[no-untyped-def]
     """``out += a b``, piece by piece: both operands of a piece fit the first-level cache."""
     for first in range(0, b.shape[0], DEPTH):
-        _from_out(out, a[:, first : first + DEPTH], b[first : first + DEPTH], out)
+        end = first + DEPTH
+        _from_out(out[:, :], a[:, first:end], b[first:end, :], out[:, :])
 
 
-@numba.njit(**BORROWING)
+@numba.njit(**INNER)
 def affine(out, a, b, bias):  # type: ignore[no-untyped-def]
     """``out = a b + bias``, the same bias in every row."""
-    _from_bias(out, a, b, bias)
+    _from_bias(out[:, :], a[:, :], b[:, :], bias)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numba
 
 from nsm_graph.ops.cpu import vectors
-from nsm_graph.ops.cpu.compiled import BORROWING, Kernel
+from nsm_graph.ops.cpu.compiled import BORROWING, INNER, Kernel
 from nsm_graph.ops.cpu.matmul import add_product, affine, multiply
 
 Array = Any  # numpy arrays in Python, Numba's in kernels
@@ -51,7 +51,7 @@ class Scratch(NamedTuple):
     d_x: Array  #: [n, C_t]
 
 
-@numba.njit(**BORROWING)
+@numba.njit(**INNER)
 def _end_of_block(ptr, group, end, room):  # type: ignore[no-untyped-def]
     """The first group that no longer fits."""
     last = group + 1
@@ -60,7 +60,7 @@ def _end_of_block(ptr, group, end, room):  # type: ignore[no-untyped-def]
     return last
 
 
-@numba.njit(**BORROWING)
+@numba.njit(**INNER)
 def route(w, s, x, first, ptr, group, end, heads, num_states):  # type: ignore[no-untyped-def]
     """Reads a block's tokens; makes weights of every head, their mean, and the routed sums."""
     start, count = ptr[group], ptr[end] - ptr[group]
@@ -92,7 +92,7 @@ def route(w, s, x, first, ptr, group, end, heads, num_states):  # type: ignore[n
         multiply(s.sums[rows], s.weights[:, tokens], s.x[tokens])
 
 
-@numba.njit(**BORROWING)
+@numba.njit(**INNER)
 def hoist_block(  # type: ignore[no-untyped-def]
     w, s, x, first, ptr, group, end, key, value, routed, weights, heads, num_states
 ):
@@ -112,7 +112,7 @@ def hoist_block(  # type: ignore[no-untyped-def]
                 target[i] = source[i]
 
 
-@numba.njit(**BORROWING)
+@numba.njit(**INNER)
 def project(w, s, count, key, value):  # type: ignore[no-untyped-def]
     """Keys and values of the tokens that a block has read."""
     affine(key[:count], s.x[:count], w.key, w.key_bias)
@@ -147,7 +147,7 @@ def forward_kernel(
         group = end
 
 
-@numba.njit(**BORROWING)
+@numba.njit(**INNER)
 def _add_rows(total, rows):  # type: ignore[no-untyped-def]
     for i in range(rows.shape[0]):
         row = rows[i, : total.shape[0]]
@@ -155,7 +155,7 @@ def _add_rows(total, rows):  # type: ignore[no-untyped-def]
             total[j] += row[j]
 
 
-@numba.njit(**BORROWING)
+@numba.njit(**INNER)
 def _project_backward(grad, grad_bias, d_x, d_rows, x, turned):  # type: ignore[no-untyped-def]
     """Of ``rows = x W + b``: adds to the gradients of W, of b and of x."""
     add_product(grad, x.T, d_rows)
@@ -163,7 +163,7 @@ def _project_backward(grad, grad_bias, d_x, d_rows, x, turned):  # type: ignore[
     add_product(d_x, d_rows, turned)
 
 
-@numba.njit(**BORROWING)
+@numba.njit(**INNER)
 def hoist_block_backward(  # type: ignore[no-untyped-def]
     w, t, s, grads, first, ptr, group, end, d_key, d_value, d_routed, d_x, heads, num_states
 ):

@@ -10,7 +10,7 @@ from functools import partial
 import numba
 
 from nsm_graph.ops.cpu import vectors
-from nsm_graph.ops.cpu.compiled import BORROWING, Kernel
+from nsm_graph.ops.cpu.compiled import BORROWING, INNER, Kernel
 from nsm_graph.ops.cpu.matmul import add_product, multiply
 from nsm_graph.ops.hoist.cpu import hoist_block, hoist_block_backward, project, route
 from nsm_graph.ops.segment_loop.cpu.arrays import (
@@ -29,7 +29,7 @@ from nsm_graph.ops.segment_loop.cpu.history import recall
 # One step ##########################################################################
 
 
-@numba.njit(**BORROWING)
+@numba.njit(**INNER)
 def _attend_backward(  # type: ignore[no-untyped-def]
     d_query, d_key, d_value, d_out, weights, query, key, value, turned, slopes, is_shared
 ):
@@ -45,7 +45,7 @@ def _attend_backward(  # type: ignore[no-untyped-def]
         multiply(d_key, slopes, query)
 
 
-@numba.njit(**BORROWING)
+@numba.njit(**INNER)
 def _add_rows(total, rows, first):  # type: ignore[no-untyped-def]
     """Adds up the columns of ``rows`` from ``first`` on, as many as ``total`` has."""
     for i in range(rows.shape[0]):
@@ -54,7 +54,7 @@ def _add_rows(total, rows, first):  # type: ignore[no-untyped-def]
             total[j] += row[j]
 
 
-@numba.njit(**BORROWING)
+@numba.njit(**INNER)
 def _talk_backward(  # type: ignore[no-untyped-def]
     w, t, made, scratch, grads, count, num_states, heads
 ):
@@ -108,7 +108,7 @@ def _talk_backward(  # type: ignore[no-untyped-def]
     add_product(d_state, d_qkv, t.qkv)
 
 
-@numba.njit(**BORROWING)
+@numba.njit(**INNER)
 def _read_backward(  # type: ignore[no-untyped-def]
     t, made, scratch, grads, key, value, d_key, d_value, d_routed, token_ptr, group, count,
     num_states, heads, is_shared,
@@ -186,7 +186,7 @@ def _read_backward(  # type: ignore[no-untyped-def]
 # All steps #########################################################################
 
 
-@numba.njit(**BORROWING)
+@numba.njit(**INNER)
 def _add(total, rows):  # type: ignore[no-untyped-def]
     for i in range(rows.shape[0]):
         own, given = total[i], rows[i]

@@ -12,7 +12,7 @@ import numba
 import numpy as np
 
 from nsm_graph.ops.cpu import vectors
-from nsm_graph.ops.cpu.compiled import BORROWING, Kernel
+from nsm_graph.ops.cpu.compiled import BORROWING, INNER, Kernel
 from nsm_graph.ops.cpu.matmul import add_product, affine, multiply
 from nsm_graph.ops.hoist.cpu import hoist_block
 from nsm_graph.ops.segment_loop.cpu.arrays import (
@@ -29,7 +29,7 @@ from nsm_graph.ops.segment_loop.cpu.history import keep
 # One step ##########################################################################
 
 
-@numba.njit(**BORROWING)
+@numba.njit(**INNER)
 def _attend(out, weights, query, key, value, turned):  # type: ignore[no-untyped-def]
     """One head of one example: ``out = softmax(query key') value``, weights as [keys, queries]."""
     vectors.transpose(turned, query)
@@ -38,7 +38,7 @@ def _attend(out, weights, query, key, value, turned):  # type: ignore[no-untyped
     multiply(out, weights.T, value)
 
 
-@numba.njit(**BORROWING)
+@numba.njit(**INNER)
 def _read(  # type: ignore[no-untyped-def]
     w, made, key, value, routed, token_ptr, group, count, num_states, heads, turned
 ):
@@ -87,7 +87,7 @@ def _read(  # type: ignore[no-untyped-def]
             new[j] = state[j] + mix[j] * (candidate[j] - state[j])
 
 
-@numba.njit(**BORROWING)
+@numba.njit(**INNER)
 def _talk(w, made, out, count, num_states, heads, turned):  # type: ignore[no-untyped-def]
     """States attend to the states of their example, residual, norm; into ``out``."""
     channels = out.shape[1]
@@ -134,7 +134,7 @@ def _talk(w, made, out, count, num_states, heads, turned):  # type: ignore[no-un
             y[j] = normal[j] * w.scale[j] + w.shift[j]
 
 
-@numba.njit(**BORROWING)
+@numba.njit(**INNER)
 def copy_rows(target, source, first, width):  # type: ignore[no-untyped-def]
     """``target[:, first : first + width] = source``, for as many rows as the source has."""
     for i in range(source.shape[0]):
@@ -143,7 +143,7 @@ def copy_rows(target, source, first, width):  # type: ignore[no-untyped-def]
             own[j] = given[j]
 
 
-@numba.njit(**BORROWING)
+@numba.njit(**INNER)
 def take_step(  # type: ignore[no-untyped-def]
     out, w, made, before, key, value, routed, token_ptr, group, count, num_states, heads, turned
 ):

@@ -12,7 +12,7 @@ from typing import Any
 import numba
 
 from nsm_graph.ops.cpu import vectors
-from nsm_graph.ops.cpu.compiled import BORROWING
+from nsm_graph.ops.cpu.compiled import INNER
 
 #: Every part begins where a cache line does.
 ALIGNMENT = 16
@@ -28,19 +28,19 @@ def record_size(rows: Any, tokens: Any, channels: int, num_states: int, heads: i
     return sum(-(-part // ALIGNMENT) * ALIGNMENT for part in parts)
 
 
-@numba.njit(**BORROWING)
+@numba.njit(**INNER)
 def _aligned(place):  # type: ignore[no-untyped-def]
     return (place + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
 
 
-@numba.njit(**BORROWING)
+@numba.njit(**INNER)
 def _keep(kept, place, part):  # type: ignore[no-untyped-def]
     """Writes a part; where the next one begins."""
     vectors.write_past(kept, place, part)
     return _aligned(place + part.shape[0])
 
 
-@numba.njit(**BORROWING)
+@numba.njit(**INNER)
 def keep(kept, place, made, rows, tokens, num_states, heads):  # type: ignore[no-untyped-def]
     """Writes what a step made to ``kept[place:]``."""
     channels = made.query.shape[1]
@@ -60,7 +60,7 @@ def keep(kept, place, made, rows, tokens, num_states, heads):  # type: ignore[no
     vectors.settle()
 
 
-@numba.njit(**BORROWING)
+@numba.njit(**INNER)
 def _recall(part, kept, place):  # type: ignore[no-untyped-def]
     """Reads a part; where the next one begins."""
     source = kept[place : place + part.shape[0]]
@@ -69,7 +69,7 @@ def _recall(part, kept, place):  # type: ignore[no-untyped-def]
     return _aligned(place + part.shape[0])
 
 
-@numba.njit(**BORROWING)
+@numba.njit(**INNER)
 def recall(made, kept, place, before, rows, tokens, num_states, heads):  # type: ignore[no-untyped-def]
     """Brings back what a step made of the states ``before`` it."""
     channels = made.query.shape[1]
