@@ -14,6 +14,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from nsm_graph.memory import routing_mass
 from nsm_graph.nn import (
     HybridAttention,
     Propagated,
@@ -311,6 +312,12 @@ class StateMachineCell(nn.Module):
             segment._replace(talks=talks[rows])
             for segment, rows in zip(inputs, num_rows, strict=True)
         ]
+
+    def routing_mass(self, weights: Tensor | None, relation: Relation) -> Tensor | None:
+        """Each state's share of routing weight, ``[G N]``, for whoever watches it in training."""
+        if not self.training or weights is None:
+            return None
+        return routing_mass(weights, relation)
 
     # Inside the loop ############################################################
 

@@ -7,7 +7,6 @@ goes step by step, and the log named ``nsm_graph`` says why, once.
 from __future__ import annotations
 
 import logging
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -75,21 +74,24 @@ def read_fused(
     importance: Tensor,
     slots: Tensor,
     keep: bool,
-) -> tuple[Trace, Tensor]:
-    """Hoists and reads tokens in input order; also their routing weights ``[E]``.
+) -> tuple[Trace, Tensor | None]:
+    """Hoists and reads tokens in input order; also gives the states' routing mass, ``[G N]``.
 
     What :meth:`StateMachineCell.hoist` and :func:`nsm_graph.models.loop.read_segments` do.
     """
     num_active = torch.tensor([step.num_examples for step in plan.steps], dtype=torch.long)
     segments = LoopSegments(plan.groups.ptr, num_active)
     heads = cell.attention.heads
-    weights: Any
+    mass: Tensor | None
     if _hoists_plainly(cell):
         projections = _projections(cell, importance, slots)
-        after, final, weights = token_loop(
+        after, final, received = token_loop(
             states, tokens, plan.groups.first, projections, segments, loop_weights(cell), heads,
             keep=keep, backend="cpu",
         )  # fmt: skip
+        # The weights of a token add up to one.
+        counts = plan.groups.ptr.diff().repeat_interleave(slots.numel())
+        mass = received / counts if cell.training else None
     else:
         order = plan.token_order
         hoisted, weights = cell.hoist(
@@ -99,10 +101,11 @@ def read_fused(
             states, hoisted.routed, hoisted.key, hoisted.value, segments, loop_weights(cell), heads,
             keep=keep, backend="cpu",
         )  # fmt: skip
+        mass = cell.routing_mass(weights, hoisted.relation)
     steps = list(after.split([step.num_dst for step in plan.steps]))
     found = zip([states, *steps], plan.steps, strict=False)
     before = [rows[: step.num_dst] for rows, step in found]
-    return Trace(final, None, before, steps, [None] * len(steps)), weights
+    return Trace(final, None, before, steps, [None] * len(steps)), mass
 
 
 def say_why_not(reason: str) -> None:

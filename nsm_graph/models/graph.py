@@ -161,6 +161,5 @@ def read_passes(
         before=[before],
         after=[states],
         reads=None if output.reads is None else nodes.unpad(output.reads),
-        routes=hoisted.relation,
-        weights=weights,
+        mass=cell.routing_mass(weights, hoisted.relation),
     )

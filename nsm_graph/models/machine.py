@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch_geometric.data import HeteroData
 
-from nsm_graph.memory import StateManager, routing_mass
+from nsm_graph.memory import StateManager
 from nsm_graph.models import hetero
 from nsm_graph.models.cell import StateMachineCell
 from nsm_graph.models.embedding import TokenEmbedding, tied_output
@@ -394,8 +394,8 @@ class NeuralStateMachine(nn.Module):
                 edge_attr=edge_attr,
                 record=notes,
             )
-        if self.training and reading.weights is not None:
-            self._observe(reading.weights, reading.routes)
+        if reading.mass is not None:
+            self._observe(reading.mass, reading.relation)
         out, tokens = predict(self.head, self.cell, reading, at)
         return MachineOutput(out, tokens, reading.state, notes)
 
@@ -434,13 +434,12 @@ class NeuralStateMachine(nn.Module):
             return self.position(tokens, plan.index + state.num_tokens[example])
         return tokens
 
-    def _observe(self, weights: Tensor, routes: Relation) -> None:
-        """Feeds the routing mass into the moving average; examples without tokens say nothing."""
-        mass, slots = routing_mass(weights, routes), self.manager.slots
+    def _observe(self, mass: Tensor, relation: Relation) -> None:
+        """Feeds the routing mass into the moving average; groups without tokens say nothing."""
         if not bool(mass.sum().isfinite()):
             return  # a diverged step says nothing either; its loss shows it
-        slots = slots.repeat(mass.numel() // slots.numel())
-        if routes.sources.min_count == 0:
-            has_tokens = (routes.sources.ptr.diff() > 0)[routes.targets.batch]
+        slots = self.manager.slots.repeat(mass.numel() // self.manager.slots.numel())
+        if relation.sources.min_count == 0:
+            has_tokens = (relation.sources.ptr.diff() > 0)[relation.targets.batch]
             mass, slots = mass[has_tokens], slots[has_tokens]
         self.manager.update_importance(mass, slots)

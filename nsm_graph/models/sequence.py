@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nsm_graph.models.cell import SegmentInputs, StateMachineCell
+from nsm_graph.models.cell import StateMachineCell
 from nsm_graph.models.fused import read_fused, say_why_not, why_not_fused
 from nsm_graph.models.loop import Trace, read_segments
 from nsm_graph.models.segments import SegmentPlan
@@ -42,12 +42,10 @@ def read_sequence(
     num_states = state.slots.numel()
     states = _reorder(state.states, plan.example_order, num_states)
     reason = why_not_fused(cell, states, record=record is not None, bptt_segments=bptt_segments)
-    inputs: list[SegmentInputs] = []
-    weights: Tensor | None
     if reason is None:
         keep = checkpoint_segments is None
-        trace, weights = read_fused(cell, states, tokens, plan, importance, state.slots, keep)
-        tokens, routes = tokens[plan.token_order] if tokens_read else tokens, plan.relation
+        trace, mass = read_fused(cell, states, tokens, plan, importance, state.slots, keep)
+        tokens = tokens[plan.token_order] if tokens_read else tokens
     else:
         say_why_not(reason)
         tokens = tokens[plan.token_order]
@@ -60,7 +58,7 @@ def read_sequence(
             scan_tokens=scan_tokens,
             scan_reads=tokens_read,
         )
-        routes = hoisted.relation
+        mass = cell.routing_mass(weights, hoisted.relation)
         inputs = cell.connect(cell.split(hoisted, plan.steps), state.slots)
         trace = read_segments(
             cell,
@@ -71,6 +69,8 @@ def read_sequence(
             checkpoint_segments=checkpoint_segments,
             record=record is not None,
         )
+        if record is not None:
+            _fill(record, plan, trace, weights, [step.relation for step in inputs])
     rank = torch.argsort(plan.example_order)
     num_read = torch.zeros_like(state.num_tokens).index_add(
         0, plan.group_example, plan.relation.sources.ptr.diff()
@@ -82,8 +82,6 @@ def read_sequence(
         state.slots,
         state.tail,
     )
-    if record is not None:
-        _fill(record, plan, trace, weights, [step.relation for step in inputs])
     reads = [read for read in trace.reads if read is not None]
     return Reading(
         state=new_state,
@@ -94,8 +92,7 @@ def read_sequence(
         after=trace.after,
         reads=plan.relation.sources.unpad(torch.cat(reads)) if reads else None,
         groups=plan.group_example,
-        routes=routes,
-        weights=weights,
+        mass=mass,
     )
 
 

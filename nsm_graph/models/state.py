@@ -98,8 +98,7 @@ class Reading:
     before: list[Tensor]  #: ``[G N, C]`` in pieces, the states that each group of tokens met
     after: list[Tensor]  #: ``[G N, C]`` in pieces, the states that it left
     reads: Tensor | None  #: ``[T, C_t]``, the scan's per-token reads
-    routes: Relation  #: the edges of `weights`; sparse where the router made them so
-    weights: Tensor | None  #: ``[E]``, routing weights
+    mass: Tensor | None  #: ``[G N]``, shares of routing weight; None without router, or in use
     groups: Tensor | None = None  #: ``[G]``, the example of each group; None = one each
 
 

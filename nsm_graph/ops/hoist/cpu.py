@@ -94,14 +94,19 @@ def route(w, s, x, first, ptr, group, end, heads, num_states):  # type: ignore[n
 
 @numba.njit(**INNER)
 def hoist_block(  # type: ignore[no-untyped-def]
-    w, s, x, first, ptr, group, end, key, value, routed, weights, heads, num_states
+    w, s, x, first, ptr, group, end, key, value, routed, heads, num_states
 ):
-    """A block's keys, values and projected sums, each from row 0, and its part of all weights."""
+    """A block's keys, values and projected sums, each from row 0."""
     route(w, s, x, first, ptr, group, end, heads, num_states)
-    start, count = ptr[group], ptr[end] - ptr[group]
-    project(w, s, count, key, value)
+    project(w, s, ptr[end] - ptr[group], key, value)
     num_rows = (end - group) * num_states
     affine(routed[:num_rows], s.sums[:num_rows], w.out, w.out_bias)
+
+
+@numba.njit(**INNER)
+def _write_weights(weights, s, ptr, group, end, num_states):  # type: ignore[no-untyped-def]
+    """A block's routing weights, by group, state and token."""
+    start = ptr[group]
     for g in range(group, end):
         length = ptr[g + 1] - ptr[g]
         for n in range(num_states):
@@ -110,6 +115,18 @@ def hoist_block(  # type: ignore[no-untyped-def]
             target = weights[place : place + length]
             for i in range(length):
                 target[i] = source[i]
+
+
+@numba.njit(**INNER)
+def write_mass(mass, s, ptr, group, end, num_states):  # type: ignore[no-untyped-def]
+    """Sums of a block's routing weights over the tokens of each group."""
+    for g in range(group, end):
+        for n in range(num_states):
+            source = s.weights[n, ptr[g] - ptr[group] : ptr[g + 1] - ptr[group]]
+            total = mass.dtype.type(0)
+            for i in range(source.shape[0]):
+                total += source[i]
+            mass[g * num_states + n] = total
 
 
 @numba.njit(**INNER)
@@ -142,8 +159,9 @@ def forward_kernel(
         end = _end_of_block(ptr, group, last, room)
         hoist_block(
             w, s, x, first, ptr, group, end, key[ptr[group] :], value[ptr[group] :],
-            routed[group * num_states :], weights, heads, num_states,
+            routed[group * num_states :], heads, num_states,
         )  # fmt: skip
+        _write_weights(weights, s, ptr, group, end, num_states)
         group = end
 
 

@@ -97,8 +97,8 @@ def token_loop(
     Shapes:
         - **input:** states :math:`(BN, C)`, x :math:`(T, C_t)`, first :math:`(G,)`
         - **output:** states after every step :math:`(GN, C)` and after the last of each example
-          :math:`(BN, C)`; routing weights :math:`(TN,)` by group, state and token, constants to
-          autograd
+          :math:`(BN, C)`; how much routing weight each state received of each group,
+          :math:`(GN,)`, constants to autograd
 
     Raises:
         ValueError: If shapes or types disagree, or the backend does not know what it is given.
@@ -111,7 +111,10 @@ def token_loop(
     tokens = x.new_empty(1, 1).expand(int(segments.token_ptr[-1]), projections.key.size(0))
     _check(states, rows, tokens, tokens, segments, weights, heads)
     if backend == "reference" or first.numel() == 0:
-        key, value, routed, mass = hoist(x, groups, projections, heads, backend="reference")
+        key, value, routed, routing = hoist(x, groups, projections, heads, backend="reference")
+        lengths = segments.token_ptr.diff().repeat_interleave(num_states).to(x.device)
+        rows = torch.arange(lengths.numel(), device=x.device).repeat_interleave(lengths)
+        mass = routing.new_zeros(lengths.numel()).index_add(0, rows, routing)
         after, final = reference.segment_loop(states, routed, key, value, segments, weights, heads)
         return after, final, mass
     from nsm_graph.ops.segment_loop import fused

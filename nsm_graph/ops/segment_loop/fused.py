@@ -59,7 +59,7 @@ def token_loop(
     heads: int,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same of tokens, and their routing weights."""
+    """The same of tokens, and the routing weight that each state received of each group."""
     given = [states, None, None, None, x, *projections, *weights]
     return _Loop.apply(_Call(segments, first, heads, keep and _has_grad(given)), *given)
 
@@ -229,7 +229,7 @@ class _Run:
         channels = self.states.shape[1]
         after = torch.empty(self.num_groups * self.num_states, channels, dtype=self.dtype)
         final = torch.empty(self.states.shape, dtype=self.dtype)
-        mass = torch.empty(self.num_tokens * self.num_states * self.has_tokens, dtype=self.dtype)
+        mass = torch.empty(len(after) * self.has_tokens, dtype=self.dtype)
         num_read = int(self.segments.num_active[0]) * self.num_states
         final[num_read:] = torch.from_numpy(self.states[num_read:])
         tokens = self._tokens(mass.numpy())
@@ -259,9 +259,7 @@ class _Run:
         if d_final is not None:
             d_states[:] = given[1]  # of examples that never read; the others' are written over
         d_rows = self._like_rows()
-        # A step that is made again makes its routing weights again, too.
-        mass = self._empty(0 if self.is_kept else self.num_tokens * self.num_states)
-        tokens = self._tokens(mass)
+        tokens = self._tokens(self._empty(0))
         d_x = make_token_grads(self.x, self.num_tokens, self.dtype)
         token_grads = [self._token_grads(tokens, d_x.numpy()) for _ in self.chunks]
         calls = [

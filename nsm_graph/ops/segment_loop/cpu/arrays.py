@@ -49,7 +49,7 @@ class Tokens(NamedTuple):
     first: Array  #: [groups], where the tokens of each begin in `x`
     weights: Any  #: hoist.cpu.Weights
     heads: int  #: of the router
-    mass: Array  #: [tokens N], routing weights, a result
+    mass: Array  #: [groups N], sums of routing weights, a result of the forward
 
 
 class TokenGrads(NamedTuple):

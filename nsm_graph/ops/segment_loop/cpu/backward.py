@@ -257,7 +257,7 @@ def backward_kernel(
             else:
                 hoist_block(
                     tokens.weights, scratch.hoist, tokens.x, tokens.first, ptr, group,
-                    group + count, key, value, routed, tokens.mass, tokens.heads, num_states,
+                    group + count, key, value, routed, tokens.heads, num_states,
                 )  # fmt: skip
             if kept.shape[0] > 0:
                 place = places[chunk, step]

@@ -14,7 +14,7 @@ import numpy as np
 from nsm_graph.ops.cpu import vectors
 from nsm_graph.ops.cpu.compiled import BORROWING, INNER, Kernel
 from nsm_graph.ops.cpu.matmul import add_product, affine, multiply
-from nsm_graph.ops.hoist.cpu import hoist_block
+from nsm_graph.ops.hoist.cpu import hoist_block, write_mass
 from nsm_graph.ops.segment_loop.cpu.arrays import (
     Array,
     Made,
@@ -205,8 +205,9 @@ def forward_kernel(
             if tokens.x.shape[0] > 0:
                 hoist_block(
                     tokens.weights, scratch.hoist, tokens.x, tokens.first, ptr, group,
-                    group + count, key, value, routed, tokens.mass, tokens.heads, num_states,
+                    group + count, key, value, routed, tokens.heads, num_states,
                 )  # fmt: skip
+                write_mass(tokens.mass, scratch.hoist, ptr, group, group + count, num_states)
             else:
                 key, value = rows.key[first:end], rows.value[first:end]
                 routed = rows.routed[group * num_states :]
