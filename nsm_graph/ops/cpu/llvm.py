@@ -109,6 +109,18 @@ def fold(builder: Any, vector: Any, combine: Any) -> Any:
     return builder.extract_element(halve(builder, vector, combine, 1), ir.Constant(I32, 0))
 
 
+def fold_groups(builder: Any, vector: Any, combine: Any, width: int) -> Any:
+    """Combines the lanes of each group of ``width``; every lane gets its group's result."""
+    distance = width // 2
+    while distance > 0:
+        others = [lane ^ distance for lane in range(vector.type.count)]
+        order = ir.Constant(ir.VectorType(I32, len(others)), others)
+        undefined = ir.Constant(vector.type, ir.Undefined)
+        vector = combine(vector, builder.shuffle_vector(vector, undefined, order))
+        distance //= 2
+    return vector
+
+
 def halve(builder: Any, vector: Any, combine: Any, width: int) -> Any:
     """The upper half combined with the lower one, until ``width`` lanes are left."""
     left = vector.type.count

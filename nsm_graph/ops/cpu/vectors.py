@@ -160,6 +160,50 @@ def softmax(typing: Any, scores: Any, first: Any, count: Any) -> Any:
     return types.void(scores, llvm.INT, llvm.INT), generate
 
 
+def _make_short_softmax(width: int) -> Any:
+    @intrinsic
+    def softmax(typing: Any, scores: Any, count: Any) -> Any:
+        """Softmax of each ``width`` of the first ``count`` numbers, in place, vector by vector.
+
+        -inf is absent, all absent zeros. What follows up to the next whole vector is overwritten.
+        """
+
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            v_scores, v_count = args
+            element = context.get_data_type(scores.dtype)
+            vector = ir.VectorType(element, llvm.lanes(element))
+            zeros = ir.Constant(vector, None)
+            absent = ir.Constant(vector, [-np.inf] * vector.count)
+
+            def greater(a: Any, b: Any) -> Any:
+                return builder.select(builder.fcmp_ordered(">", a, b), a, b)
+
+            def add(a: Any, b: Any) -> Any:
+                return builder.fadd(a, b, flags=llvm.FAST)
+
+            step = ir.Constant(v_count.type, vector.count)
+            zero = ir.Constant(v_count.type, 0)
+            with cgutils.for_range_slice(builder, zero, v_count, step, inc=True) as (place, _):
+                address = llvm.address(context, builder, scores, v_scores, place)
+                x = llvm.load(builder, address, vector)
+                top = llvm.fold_groups(builder, x, greater, width)
+                is_absent = builder.fcmp_ordered("==", top, absent)
+                top = builder.select(is_absent, zeros, top)
+                power = llvm.weight(builder, builder.fsub(x, top))
+                mass = llvm.fold_groups(builder, power, add, width)
+                is_empty = builder.fcmp_ordered("==", mass, zeros)
+                share = builder.fdiv(power, mass)
+                llvm.store(builder, builder.select(is_empty, zeros, share), address)
+            return context.get_dummy_value()
+
+        return types.void(scores, llvm.INT), generate
+
+    return softmax
+
+
+softmax4, softmax8 = (_make_short_softmax(width) for width in (4, 8))
+
+
 def _make_elementwise(function: Any, text: str) -> Any:
     @intrinsic
     def elementwise(typing: Any, x: Any, row: Any, first: Any, count: Any) -> Any:

@@ -27,20 +27,46 @@ Array = Any  # numpy arrays in Python, Numba's in kernels
 
 
 @numba.njit(**OPTIONS)
-def _scratch(like, ptr, first, end):  # type: ignore[no-untyped-def]
-    """Room for one number per edge of any row, in whole vectors."""
+def _scratch(own_GHD, ptr, first, end):  # type: ignore[no-untyped-def]
+    """Room for the numbers of any row, head after head; how many for each head.
+
+    Where rows are short, heads share a vector: 4 or 8 numbers each, else whole vectors.
+    """
     most = 0
     for g in range(first, end):
         most = max(most, ptr[g + 1] - ptr[g])
-    return np.empty(most + vectors.LANES, like.dtype)
+    stride = (most // vectors.LANES + 1) * vectors.LANES
+    if most <= 8:
+        stride = 4 if most <= 4 else 8
+    return np.zeros(own_GHD.shape[1] * stride + vectors.LANES, own_GHD.dtype), stride
 
 
 @numba.njit(**OPTIONS)
-def _products(out, own_GHD, g, h, other_XHD, index, start, count):  # type: ignore[no-untyped-def]
-    """``own . other`` for the edges of one row and head."""
-    for p in range(0, count, vectors.DOTS):
-        last = start + count - 1
-        vectors.dots(out, p, own_GHD, g, h, other_XHD, index, start + p, last)
+def _softmax(scores, stride, heads, count):  # type: ignore[no-untyped-def]
+    """Of the first ``count`` numbers of each head, in place."""
+    if stride > 8:
+        for h in range(heads):
+            vectors.softmax(scores, h * stride, count)
+        return
+    for h in range(heads):
+        for p in range(count, stride):
+            scores[h * stride + p] = -np.inf
+    if stride == 4:
+        vectors.softmax4(scores, heads * stride)
+    else:
+        vectors.softmax8(scores, heads * stride)
+
+
+@numba.njit(**OPTIONS)
+def _products(out, stride, own_GHD, g, other_XHD, index, start, count):  # type: ignore[no-untyped-def]
+    """``own . other`` for the edges of one row, all heads before anybody reads the first.
+
+    A vector that is read right after parts of it were written waits for them.
+    """
+    last = start + count - 1
+    for h in range(own_GHD.shape[1]):
+        for p in range(0, count, vectors.DOTS):
+            vectors.dots(out, h * stride + p, own_GHD, g, h, other_XHD, index, start + p, last)
 
 
 @Kernel
@@ -59,20 +85,24 @@ def softmax_kernel(
     """Softmax of ``scale * own . other + bias`` over the edges of each row."""
     factor = own_GHD.dtype.type(scale)
     has_bias = bias_EH.shape[0] > 0
-    scores = _scratch(own_GHD, ptr, first, end)
+    heads = own_GHD.shape[1]
+    scores, stride = _scratch(own_GHD, ptr, first, end)
     for g in range(first, end):
         start, count = ptr[g], ptr[g + 1] - ptr[g]
-        for h in range(own_GHD.shape[1]):
-            _products(scores, own_GHD, g, h, other_XHD, index, start, count)
+        _products(scores, stride, own_GHD, g, other_XHD, index, start, count)
+        for h in range(heads):
+            own = scores[h * stride : h * stride + count]
             column = h if bias_EH.shape[1] > 1 else 0
             for p in range(count):
-                score = scores[p] * factor
-                if has_bias:
-                    score += bias_EH[perm[start + p], column]
-                scores[p] = score
-            vectors.softmax(scores, 0, count)
+                own[p] *= factor
+            if has_bias:
+                for p in range(count):
+                    own[p] += bias_EH[perm[start + p], column]
+        _softmax(scores, stride, heads, count)
+        for h in range(heads):
+            own = scores[h * stride : h * stride + count]
             for p in range(count):
-                weights_EH[perm[start + p], h] = scores[p]
+                weights_EH[perm[start + p], h] = own[p]
 
 
 @Kernel
@@ -88,17 +118,18 @@ def softmax_backward_kernel(
     end: int,
 ) -> None:
     """Gradient of the scores, where ``own . other`` is the gradient of the weights."""
-    terms = _scratch(own_GHD, ptr, first, end)
+    terms, stride = _scratch(own_GHD, ptr, first, end)
     for g in range(first, end):
         start, count = ptr[g], ptr[g + 1] - ptr[g]
+        _products(terms, stride, own_GHD, g, other_XHD, index, start, count)
         for h in range(own_GHD.shape[1]):
-            _products(terms, own_GHD, g, h, other_XHD, index, start, count)
+            own = terms[h * stride : h * stride + count]
             delta = own_GHD.dtype.type(0)
             for p in range(count):
-                delta += weights_EH[perm[start + p], h] * terms[p]
+                delta += weights_EH[perm[start + p], h] * own[p]
             for p in range(count):
                 edge = perm[start + p]
-                grad_EH[edge, h] = weights_EH[edge, h] * (terms[p] - delta)
+                grad_EH[edge, h] = weights_EH[edge, h] * (own[p] - delta)
 
 
 @Kernel

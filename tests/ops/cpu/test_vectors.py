@@ -34,6 +34,16 @@ def softmax(scores, first, count):
 
 
 @numba.njit
+def softmax4(scores, count):
+    vectors.softmax4(scores, count)
+
+
+@numba.njit
+def softmax8(scores, count):
+    vectors.softmax8(scores, count)
+
+
+@numba.njit
 def sigmoid(x, row, first, count):
     vectors.sigmoid(x, row, first, count)
 
@@ -202,6 +212,32 @@ def test_nan_stays_in_its_row(count, dtype, random):
         assert np.isnan(scores[1, :count]).all()
         for row in (0, 2):
             assert_close(scores[row, :count], oracle(rows[row, :count]), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("softmax", "width"), [(softmax4, 4), (softmax8, 8)])
+@pytest.mark.parametrize("num_groups", [1, 2, 3, 4, 5, 9])
+def test_short_softmax(num_groups, softmax, width, dtype, random):
+    count = num_groups * width
+    end = -(-count // vectors.LANES) * vectors.LANES
+    for spread in (0.1, 10, 100):
+        buffer = np.full(end + vectors.LANES, MARK, dtype)
+        groups = (spread * random.standard_normal((num_groups, width))).astype(dtype)
+        groups[random.random(groups.shape) < 0.2] = -np.inf
+        groups[0] = -np.inf
+        if num_groups > 2:
+            groups[1, 1] = np.nan  # stays in its group
+        buffer[:count] = groups.reshape(-1)
+        softmax(buffer, count)
+        assert (buffer[end:] == MARK).all()
+        for number, (weights, scores) in enumerate(
+            zip(buffer[:count].reshape(groups.shape), groups, strict=True)
+        ):
+            if num_groups > 2 and number == 1:
+                assert np.isnan(weights).all()
+            else:
+                assert_close(weights, oracle(scores), dtype)
+                assert (weights[scores == -np.inf] == 0).all()
 
 
 @pytest.mark.parametrize(("dtype", "most"), [(np.float32, 3e-7), (np.float64, 1e-15)])
