@@ -226,3 +226,14 @@ def test_wrong_results_print_no_number(monkeypatch, capsys):
 def test_bad_arguments(arguments, message, capsys):
     assert main(["bench", "scan", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_all_is_every_benchmark_for_processors(monkeypatch):
+    called = []
+    for name in bench.BENCHES:
+        if name != "all":
+            monkeypatch.setitem(
+                bench.BENCHES, name, lambda repetitions, name=name: called.append(name) or []
+            )
+    assert bench.BENCHES["all"](repetitions=3) == []
+    assert called == [name for name in bench.BENCHES if name not in ("all", "gpu")]

@@ -14,8 +14,16 @@ from nsm_graph.bench.scaling import bench_scaling as bench_scaling
 from nsm_graph.bench.scan import bench_scan as bench_scan
 from nsm_graph.bench.streaming import bench_streaming as bench_streaming
 
+
+def bench_all(*, repetitions: int = 5) -> list[BenchRecord]:
+    """Every benchmark for processors, one after another."""
+    names = [name for name in BENCHES if name not in ("all", "gpu")]
+    return [record for name in names for record in BENCHES[name](repetitions=repetitions)]
+
+
 #: The benchmarks by name.
 BENCHES: dict[str, Callable[..., list[BenchRecord]]] = {
+    "all": bench_all,
     "attention": bench_attention,
     "gpu": bench_gpu,
     "import": bench_imports,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nsm_graph.bench.documented import CHANNELS, HEADS, STATES, gradient, is_close, make_batch
+from nsm_graph.bench.packages import make_packages
 from nsm_graph.bench.plain import dense_loop, message_passing
 from nsm_graph.bench.record import BenchRecord, interleaved_medians
 from nsm_graph.models import NeuralStateMachine
@@ -32,7 +33,7 @@ Step = Callable[[], object]
 def bench_loop(*, repetitions: int = 5, scale: float = 1.0) -> list[BenchRecord]:
     """Forward and backward on one thread, then ours on all threads, up to two, beside one.
 
-    Peers get as many parameters as the machine, the same inputs and a loss of the same form.
+    Layers get as many parameters as the machine, the same inputs and a loss of the same form.
 
     Args:
         repetitions: Timed turns of each.
@@ -53,9 +54,11 @@ def _compare(
     ours = partial(_step, machine, lambda: machine(x, batch))
     is_right = _is_right(machine, x, batch, None)
     peers = {name: PEERS[name](machine, x, batch) for name in targets}
+    packages = make_packages(x.view(EXAMPLES, -1, CHANNELS), STATES, HEADS, segment)
     left, right = torch.randn(2, PRODUCT, PRODUCT)
     runs: dict[str, Step] = {"ours": ours, "product": lambda: left @ right}
     runs |= {name: step for name, (step, _) in peers.items()}
+    runs |= {name: partial(_step, *package) for name, package in packages.items()}
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     time = interleaved_medians(runs, repetitions)
@@ -66,6 +69,14 @@ def _compare(
         BenchRecord(case, name, time["ours"], time[name], is_right and is_same, targets[name])
         for name, (_, is_same) in peers.items()
     ]
+    # Other models: nobody's target, and nothing to be equal to.
+    records += [
+        BenchRecord(
+            case, name, time["ours"], time[name], is_right, 1.0,
+            note=f"another model, {_count(package)} parameters beside our {_count(machine)}",
+        )
+        for name, (package, _) in packages.items()
+    ]  # fmt: skip
     rate = 2 * PRODUCT**3 / time["product"]
     ideal = _flops(length, segment) / rate
     note = f"at the {rate / 1e6:.0f} GFLOP/s of a product of {PRODUCT} rows and columns"
@@ -165,12 +176,13 @@ def _transformer(machine: NeuralStateMachine, x: Tensor, batch: Tensor) -> tuple
 
 def _equal_parameters(make: Callable[[int], nn.Module], machine: NeuralStateMachine) -> nn.Module:
     """A layer of the size that comes nearest."""
+    wanted = _count(machine)
+    return make(min(range(16, 512, 2), key=lambda size: abs(_count(make(size)) - wanted)))
 
-    def count(module: nn.Module) -> int:
-        return sum(p.numel() for p in module.parameters())
 
-    size = min(range(16, 512, 2), key=lambda size: abs(count(make(size)) - count(machine)))
-    return make(size)
+def _count(module: nn.Module) -> int:
+    """Its parameters."""
+    return sum(p.numel() for p in module.parameters())
 
 
 PEERS: dict[str, Callable[[NeuralStateMachine, Tensor, Tensor], tuple[Step, bool]]] = {
