@@ -12,6 +12,10 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from nsm_graph.bench import BenchRecord
 
 USAGE = """usage: nsm-graph COMMAND ...
 
@@ -182,9 +186,18 @@ def bench(argv: list[str]) -> None:
     wrong = [record.case for record in records if not record.correct]
     if wrong:
         raise UserError(f"bench: results differ from the reference in {', '.join(wrong)}")
-    title = f"{'case':58} {'peer':16} {'ours':>9} {'theirs':>9} {'':3} {'ratio':>6} {'target':>7}"
+    _print_table(records)
+    if options.json is not None:
+        text = json.dumps([record.to_dict() for record in records], indent=2)
+        options.json.write_text(text + "\n")
+
+
+def _print_table(records: list[BenchRecord]) -> None:
+    """One line a record, and its note below."""
+    case = max((len(record.case) for record in records), default=0)
+    peer = max((len(record.peer) for record in records), default=0)
     if records:
-        print(title)
+        print(f"{'case':{case}} {'peer':{peer}} {'ours':>9} {'theirs':>9} {'':3}  ratio  target")
     for record in records:
         pair: tuple[float | None, float | None] = (record.ours_ms, record.peer_ms)
         if record.measure == "mib":
@@ -192,12 +205,9 @@ def bench(argv: list[str]) -> None:
         numbers = " ".join("unknown".rjust(9) if x is None else f"{x:9.1f}" for x in pair)
         unit = {"ms": "ms", "mib": "MiB"}[record.measure]
         compared = f"{unit:3} {record.ratio:6.2f} {record.target:7.2f}"
-        print(f"{record.case:58} {record.peer:16} {numbers} {compared}")
+        print(f"{record.case:{case}} {record.peer:{peer}} {numbers} {compared}")
         if record.note:
             print(f"    {record.note}")
-    if options.json is not None:
-        text = json.dumps([record.to_dict() for record in records], indent=2)
-        options.json.write_text(text + "\n")
 
 
 def info(argv: list[str]) -> None:
