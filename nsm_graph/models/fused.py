@@ -55,8 +55,6 @@ def why_not_fused(
         return "attention has a bias, or routing and attention are not added"
     if cell.router.top_k is not None:
         return "not every token has an edge to every state"
-    if cell.propagator.cell != "gru":
-        return "the gates are an LSTM's"
     if cell.topology is not None and type(cell.topology) is not Complete:
         return f"states talk along {cell.topology!r}"
     if record or bptt_segments is not None:
@@ -69,6 +67,7 @@ def why_not_fused(
 def read_fused(
     cell: StateMachineCell,
     states: Tensor,
+    cell_states: Tensor | None,
     tokens: Tensor,
     plan: SegmentPlan,
     importance: Tensor,
@@ -85,9 +84,9 @@ def read_fused(
     mass: Tensor | None
     if _hoists_plainly(cell):
         projections = _projections(cell, importance, slots)
-        after, final, received = token_loop(
+        after, final, received, *final_cell = token_loop(
             states, tokens, plan.groups.first, projections, segments, loop_weights(cell), heads,
-            keep=keep, backend="cpu",
+            cell=cell_states, keep=keep, backend="cpu",
         )  # fmt: skip
         # The weights of a token add up to one.
         counts = plan.groups.ptr.diff().repeat_interleave(slots.numel())
@@ -97,15 +96,16 @@ def read_fused(
         hoisted, weights = cell.hoist(
             tokens[order], plan.place[order], plan.relation, importance, slots
         )
-        after, final = segment_loop(
+        after, final, *final_cell = segment_loop(
             states, hoisted.routed, hoisted.key, hoisted.value, segments, loop_weights(cell), heads,
-            keep=keep, backend="cpu",
+            cell=cell_states, keep=keep, backend="cpu",
         )  # fmt: skip
         mass = cell.routing_mass(weights, hoisted.relation)
     steps = list(after.split([step.num_dst for step in plan.steps]))
     found = zip([states, *steps], plan.steps, strict=False)
     before = [rows[: step.num_dst] for rows, step in found]
-    return Trace(final, None, before, steps, [None] * len(steps)), mass
+    last_cell = final_cell[0] if final_cell else None
+    return Trace(final, last_cell, before, steps, [None] * len(steps)), mass
 
 
 def say_why_not(reason: str) -> None:
@@ -134,10 +134,11 @@ def loop_weights(cell: StateMachineCell) -> LoopWeights:
     """The cell's parameters as the loop takes them."""
     attention, propagator, talk = cell.attention, cell.propagator, cell.communication
     parts = [attention.lin_query, attention.lin_out, propagator.lin_gates]
-    parts.append(propagator.lin_candidate)
-    parts += [] if talk is None else [talk.lin_qkv, talk.lin_out, talk.norm]
-    found = [tensor for part in parts for tensor in (part.weight, part.bias)]
-    return LoopWeights(*found, *[None] * (14 - len(found)))
+    parts.append(propagator.lin_candidate)  # None in an LSTM
+    parts += [None] * 3 if talk is None else [talk.lin_qkv, talk.lin_out, talk.norm]
+    nothing = (None, None)
+    found = [nothing if part is None else (part.weight, part.bias) for part in parts]
+    return LoopWeights(*[tensor for pair in found for tensor in pair])
 
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

@@ -41,10 +41,15 @@ def read_sequence(
     """
     num_states = state.slots.numel()
     states = _reorder(state.states, plan.example_order, num_states)
+    cell_states = None
+    if state.cell is not None:
+        cell_states = _reorder(state.cell, plan.example_order, num_states)
     reason = why_not_fused(cell, states, record=record is not None, bptt_segments=bptt_segments)
     if reason is None:
         keep = checkpoint_segments is None
-        trace, mass = read_fused(cell, states, tokens, plan, importance, state.slots, keep)
+        trace, mass = read_fused(
+            cell, states, cell_states, tokens, plan, importance, state.slots, keep
+        )
         tokens = tokens[plan.token_order] if tokens_read else tokens
     else:
         say_why_not(reason)
@@ -63,7 +68,7 @@ def read_sequence(
         trace = read_segments(
             cell,
             states,
-            None if state.cell is None else _reorder(state.cell, plan.example_order, num_states),
+            cell_states,
             inputs,
             bptt_segments=bptt_segments,
             checkpoint_segments=checkpoint_segments,

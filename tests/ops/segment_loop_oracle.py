@@ -30,7 +30,7 @@ talking = pytest.mark.parametrize("talks", [True, False], ids=["talk", "silent"]
 class Case:
     """A batch, the weights of a cell, and what belongs to a call."""
 
-    rows: dict  # states, routed, key and value by name; value may be the very key
+    rows: dict  # states, routed, key, value, an LSTM's cell by name; value may be the very key
     weights: LoopWeights
     counts: list
     num_states: int
@@ -71,7 +71,7 @@ class Case:
         )
 
     def run(self, **options):
-        """The states after every step, and after the last one of each example."""
+        """The states after every step, and after the last one of each example; its last cell."""
         options = {"backend": "cpu"} | options
         return segment_loop(
             **self.rows, segments=self.segments, weights=self.weights, heads=self.heads, **options
@@ -80,7 +80,7 @@ class Case:
 
 def make_case(
     num_states=5, channels=6, heads=2, *, counts=RAGGED, talks=True, is_shared=True, idle=1,
-    dtype=torch.float64, seed=0,
+    dtype=torch.float64, seed=0, is_lstm=False,
 ):  # fmt: skip
     """A case drawn from the seed, with parameters of the sizes that layers start with."""
     generator = torch.Generator().manual_seed(seed)
@@ -100,10 +100,12 @@ def make_case(
         "key": normal(num_tokens, channels),
     }
     rows["value"] = rows["key"] if is_shared else normal(num_tokens, channels)
-    weights = [
-        *linear(channels, channels), *linear(channels, channels),
-        *linear(2 * channels, 2 * channels), *linear(2 * channels, channels),
-    ]  # fmt: skip
+    weights = [*linear(channels, channels), *linear(channels, channels)]
+    if is_lstm:
+        rows["cell"] = normal(*rows["states"].shape)
+        weights += [*linear(2 * channels, 4 * channels), None, None]
+    else:
+        weights += [*linear(2 * channels, 2 * channels), *linear(2 * channels, channels)]
     talk = [
         *linear(channels, 3 * channels), *linear(channels, channels),
         1 + 0.3 * normal(channels), 0.3 * normal(channels),
@@ -125,19 +127,29 @@ def attend(query, key, value, heads):
     return torch.cat(outs, 1)
 
 
-def read_segment(w, s, routed, key, value, heads):
-    """The new states of one example."""
+def sigmoid(x):
+    return 1 / (1 + (-x).exp())
+
+
+def read_segment(w, s, routed, key, value, heads, cell):
+    """The new states of one example, and its new cell."""
     update = routed + attend(s @ w.query.T + w.query_bias, key, value, heads) @ w.out.T + w.out_bias
     gates = torch.cat([s, update], 1) @ w.gates.T + w.gates_bias
-    reset, mix = (1 / (1 + (-gates).exp())).chunk(2, 1)
-    candidate = torch.cat([reset * s, update], 1) @ w.candidate.T + w.candidate_bias
-    s = (1 - mix) * s + mix * candidate.tanh()
+    if cell is None:
+        reset, mix = sigmoid(gates).chunk(2, 1)
+        candidate = torch.cat([reset * s, update], 1) @ w.candidate.T + w.candidate_bias
+        s = (1 - mix) * s + mix * candidate.tanh()
+    else:
+        i, f, o, g = gates.chunk(4, 1)
+        cell = sigmoid(f) * cell + sigmoid(i) * g.tanh()
+        s = sigmoid(o) * cell.tanh()
     if w.qkv is None:
-        return s
+        return s, cell
     q, k, v = (s @ w.qkv.T + w.qkv_bias).chunk(3, 1)
     s = s + attend(q, k, v, heads) @ w.mix.T + w.mix_bias
     centred = s - s.mean(1, keepdim=True)
-    return centred / (centred.square().mean(1, keepdim=True) + 1e-5).sqrt() * w.scale + w.shift
+    s = centred / (centred.square().mean(1, keepdim=True) + 1e-5).sqrt() * w.scale + w.shift
+    return s, cell
 
 
 def oracle(case):
@@ -145,18 +157,22 @@ def oracle(case):
     ptr, num_states = case.segments.token_ptr.tolist(), case.num_states
     after, group = {}, 0
     final = list(case.rows["states"].split(num_states))
+    is_lstm = "cell" in case.rows
+    cells = list(case.rows["cell"].split(num_states)) if is_lstm else [None] * len(final)
     for t in range(max(map(len, case.counts), default=0)):
         for b, row in enumerate(case.counts):
             if t >= len(row):
                 continue
             mine = slice(group * num_states, (group + 1) * num_states)
             tokens = slice(ptr[group], ptr[group + 1])
-            final[b] = after[b, t] = read_segment(
+            final[b], cells[b] = read_segment(
                 case.weights, final[b], case.rows["routed"][mine], case.rows["key"][tokens],
-                case.rows["value"][tokens], case.heads,
+                case.rows["value"][tokens], case.heads, cells[b],
             )  # fmt: skip
+            after[b, t] = final[b]
             group += 1
-    return torch.cat(list(after.values())), torch.cat(final)
+    results = torch.cat(list(after.values())), torch.cat(final)
+    return (*results, torch.cat(cells)) if is_lstm else results
 
 
 # Comparisons #######################################################################
@@ -200,12 +216,14 @@ def assert_close(actual, expected, tolerance):
         assert error <= tolerance * max(wanted.norm(), 1e-3 * whole), name
 
 
-def assert_equals_the_oracle(case, tolerance, asked=(0, 1), last=None, **options):
-    """Both results, and every gradient of a loss on those asked for."""
+def assert_equals_the_oracle(case, tolerance, asked=None, last=None, **options):
+    """All results, and every gradient of a loss on those asked for; on all if None."""
     results, exact = case.run(**options), case.to(torch.float64)
     wanted = oracle(exact)
-    for i, name in enumerate(("after", "final")):
-        assert_close({name: results[i]}, {name: wanted[i]}, tolerance)
+    assert len(results) == len(wanted)
+    for name, found, expected in zip(("after", "final", "cell"), results, wanted, strict=False):
+        assert_close({name: found}, {name: expected}, tolerance)
+    asked = range(len(results)) if asked is None else asked
     results, wanted = [[pair[i] for i in asked] for pair in (results, wanted)]
     assert_close(gradients(results, case, last), gradients(wanted, exact, last), tolerance)
 

@@ -27,9 +27,10 @@ def segment_loop(
     weights: LoopWeights,
     heads: int,
     *,
+    cell: Tensor | None = None,
     keep: bool = True,
     backend: str | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     r"""Reads all segments of all examples into their states.
 
     .. math::
@@ -39,6 +40,12 @@ def segment_loop(
         s &\leftarrow \mathrm{LayerNorm}(s + W_m\,\mathrm{attend}(s, s, s) + b_m)
         \quad \text{(optional)}
 
+    With a cell, gates and states are an LSTM's instead of a GRU's:
+
+    .. math::
+        (i, f, o) = \sigma(W_g [s, u] + b_g), \quad g = \tanh(W_g [s, u] + b_g), \quad
+        c \leftarrow f c + i g, \quad s \leftarrow o \tanh c
+
     Args:
         states: The states before the first step.
         routed: Routed sums after their projection, r, group by group.
@@ -47,26 +54,29 @@ def segment_loop(
         segments: The steps.
         weights: The cell's.
         heads: H.
+        cell: The LSTM's cell before the first step; ``None`` for a GRU. (default: :obj:`None`)
         keep: Keep what every step makes for backward; otherwise backward makes it again, step by
             step: a fraction of the memory, a little more time. (default: :obj:`True`)
         backend: ``"cpu"``, ``"reference"``, or ``None`` for the kernel where tensors are in
             float32 on a CPU. (default: :obj:`None`)
 
     Shapes:
-        - **input:** states :math:`(BN, C)`, routed :math:`(GN, C)`, key and value :math:`(T, C)`
+        - **input:** states and cell :math:`(BN, C)`, routed :math:`(GN, C)`, key and value
+          :math:`(T, C)`
         - **output:** states after every step, :math:`(GN, C)`, in the order of ``routed``, and
-          after the last step of each example, :math:`(BN, C)`
+          after the last step of each example, :math:`(BN, C)`; of an LSTM also the cell after
+          that, :math:`(BN, C)`
 
     Raises:
         ValueError: If shapes or types disagree, or the backend does not know what it is given.
     """
     backend = _choose(backend, states)
-    _check(states, routed, key, value, segments, weights, heads)
+    _check(states, routed, key, value, segments, weights, heads, cell)
     if backend == "reference" or routed.numel() == 0:
-        return reference.segment_loop(states, routed, key, value, segments, weights, heads)
+        return reference.segment_loop(states, routed, key, value, segments, weights, heads, cell)
     from nsm_graph.ops.segment_loop import fused
 
-    return fused.segment_loop(states, routed, key, value, segments, weights, heads, keep)
+    return fused.segment_loop(states, routed, key, value, segments, weights, heads, keep, cell)
 
 
 def token_loop(
@@ -78,9 +88,10 @@ def token_loop(
     weights: LoopWeights,
     heads: int,
     *,
+    cell: Tensor | None = None,
     keep: bool = True,
     backend: str | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     r"""The same from tokens: :func:`nsm_graph.ops.hoist`, whose results never leave the cache.
 
     Args:
@@ -91,14 +102,15 @@ def token_loop(
         segments: The steps.
         weights: The cell's.
         heads: H, of router and attention.
-        keep: See :func:`segment_loop`.
+        cell: See :func:`segment_loop`.
+        keep: The same.
         backend: The same.
 
     Shapes:
         - **input:** states :math:`(BN, C)`, x :math:`(T, C_t)`, first :math:`(G,)`
         - **output:** states after every step :math:`(GN, C)` and after the last of each example
           :math:`(BN, C)`; how much routing weight each state received of each group,
-          :math:`(GN,)`, constants to autograd
+          :math:`(GN,)`, constants to autograd; of an LSTM also the last cell, :math:`(BN, C)`
 
     Raises:
         ValueError: If shapes or types disagree, or the backend does not know what it is given.
@@ -109,17 +121,19 @@ def token_loop(
     num_states = projections.logits.size(0) // heads
     rows = x.new_empty(1, 1).expand(first.numel() * num_states, states.size(-1))
     tokens = x.new_empty(1, 1).expand(int(segments.token_ptr[-1]), projections.key.size(0))
-    _check(states, rows, tokens, tokens, segments, weights, heads)
+    _check(states, rows, tokens, tokens, segments, weights, heads, cell)
     if backend == "reference" or first.numel() == 0:
         key, value, routed, routing = hoist(x, groups, projections, heads, backend="reference")
         lengths = segments.token_ptr.diff().repeat_interleave(num_states).to(x.device)
         rows = torch.arange(lengths.numel(), device=x.device).repeat_interleave(lengths)
         mass = routing.new_zeros(lengths.numel()).index_add(0, rows, routing)
-        after, final = reference.segment_loop(states, routed, key, value, segments, weights, heads)
-        return after, final, mass
+        after, final, *final_cell = reference.segment_loop(
+            states, routed, key, value, segments, weights, heads, cell
+        )
+        return after, final, mass, *final_cell
     from nsm_graph.ops.segment_loop import fused
 
-    return fused.token_loop(states, x, first, projections, segments, weights, heads, keep)
+    return fused.token_loop(states, x, first, projections, segments, weights, heads, keep, cell)
 
 
 def _choose(backend: str | None, states: Tensor) -> str:
@@ -145,6 +159,7 @@ def _check(
     segments: LoopSegments,
     weights: LoopWeights,
     heads: int,
+    cell: Tensor | None,
 ) -> None:
     """Raises unless everything fits."""
     channels = states.size(-1)
@@ -159,6 +174,13 @@ def _check(
                 f"{name} is {rows.dtype} on {rows.device}, but states are {states.dtype} on "
                 f"{states.device}"
             )
+    if cell is not None and (cell.shape, cell.dtype, cell.device) != (
+        states.shape, states.dtype, states.device,
+    ):  # fmt: skip
+        raise ValueError(
+            f"cell must be like states, {tuple(states.shape)} in {states.dtype} on "
+            f"{states.device}, but is {tuple(cell.shape)} in {cell.dtype} on {cell.device}"
+        )
     if heads < 1 or channels % heads != 0:
         raise ValueError(f"heads={heads} must divide the {channels} channels of states")
     if int(segments.num_active.sum()) != num_groups:
@@ -187,18 +209,25 @@ def _check(
         raise ValueError("num_active must not grow: examples stand longest first")
     if bool((segments.token_ptr.diff() < 1).any()):
         raise ValueError("every group needs at least one token")
+    num_gates = 2 if cell is None else 4
     sizes = {
         "query": (channels, channels), "query_bias": (channels,), "out": (channels, channels),
-        "out_bias": (channels,), "gates": (2 * channels, 2 * channels),
-        "gates_bias": (2 * channels,), "candidate": (channels, 2 * channels),
+        "out_bias": (channels,), "gates": (num_gates * channels, 2 * channels),
+        "gates_bias": (num_gates * channels,), "candidate": (channels, 2 * channels),
         "candidate_bias": (channels,), "qkv": (3 * channels, channels),
         "qkv_bias": (3 * channels,), "mix": (channels, channels), "mix_bias": (channels,),
         "scale": (channels,), "shift": (channels,),
     }  # fmt: skip
-    has_talk = any(tensor is not None for tensor in weights[8:])
+    optional: set[str] = set()
+    if cell is not None:
+        optional.update(LoopWeights._fields[6:8])
+        if weights.candidate is not None or weights.candidate_bias is not None:
+            raise ValueError("an LSTM, which has a cell, has no weights.candidate of its own")
+    if all(tensor is None for tensor in weights[8:]):
+        optional.update(LoopWeights._fields[8:])
     for (name, size), tensor in zip(sizes.items(), weights, strict=True):
         if tensor is None:
-            if has_talk or name in LoopWeights._fields[:8]:
+            if name not in optional:
                 raise ValueError(f"weights.{name} is missing")
         elif (tensor.shape, tensor.dtype, tensor.device) != (size, states.dtype, states.device):
             raise ValueError(

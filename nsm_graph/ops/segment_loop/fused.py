@@ -1,9 +1,4 @@
-"""The loop as one function that autograd knows; the work is `cpu.py`'s.
-
-Parameters come as ``torch.nn.Linear`` keeps them. The kernels want matrices both ways round, the
-scale of the scores inside the query, and the update in front of the reset state: done here, and
-undone for the gradients.
-"""
+"""The loop as one function that autograd knows; the work is that of `cpu/`."""
 
 from __future__ import annotations
 
@@ -23,6 +18,7 @@ from nsm_graph.ops.hoist.fused import Projections, make_scratch, make_token_grad
 from nsm_graph.ops.hoist.inputs import HoistWeights, TokenGroups
 from nsm_graph.ops.segment_loop import cpu, reference
 from nsm_graph.ops.segment_loop.inputs import LoopSegments, LoopWeights
+from nsm_graph.ops.segment_loop.parameters import turn, turn_back
 
 #: Bytes of one step's activations that a thread works on: they are to stay in its cache.
 STEP_BYTES = 1 << 19
@@ -42,11 +38,13 @@ def segment_loop(
     weights: LoopWeights,
     heads: int,
     keep: bool,
-) -> tuple[Tensor, Tensor]:
-    """States after every step, ``[G N, C]``, and after each example's last."""
-    given = [states, routed, key, None if key is value else value, *[None] * 9, *weights]
-    after, final, _ = _Loop.apply(_Call(segments, None, heads, keep and _has_grad(given)), *given)
-    return after, final
+    cell: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """States after every step, ``[G N, C]``, after each example's last, and an LSTM's last cell."""
+    values = None if key is value else value
+    given = [states, cell, routed, key, values, *[None] * 9, *weights]
+    after, final, _, *final_cell = _apply(given, segments, None, heads, keep)
+    return after, final, *final_cell
 
 
 def token_loop(
@@ -58,14 +56,23 @@ def token_loop(
     weights: LoopWeights,
     heads: int,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The same of tokens, and the routing weight that each state received of each group."""
-    given = [states, None, None, None, x, *projections, *weights]
-    return _Loop.apply(_Call(segments, first, heads, keep and _has_grad(given)), *given)
+    cell: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """The same of tokens; third is the routing weight that each state received of each group."""
+    given = [states, cell, None, None, None, x, *projections, *weights]
+    return _apply(given, segments, first, heads, keep)
 
 
-def _has_grad(given: list[Tensor | None]) -> bool:
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
+def _apply(
+    given: list[Tensor | None],
+    segments: LoopSegments,
+    first: Tensor | None,
+    heads: int,
+    keep: bool,
+) -> tuple[Tensor, ...]:
+    has_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
+    results = _Loop.apply(_Call(segments, first, heads, keep and has_grad, has_grad), *given)
+    return tuple(x for x in results if x is not None)
 
 
 class _Call(NamedTuple):
@@ -75,12 +82,14 @@ class _Call(NamedTuple):
     first: Tensor | None  #: where the tokens of each group begin, if the loop is given tokens
     heads: int
     is_kept: bool
+    has_grad: bool
 
 
 class _Given(NamedTuple):
     """The tensors of a call: rows or tokens."""
 
     states: Tensor
+    cell: Tensor | None  #: an LSTM's
     routed: Any  #: rows are None where tokens are given
     key: Any
     value: Any  #: None where values are keys, too
@@ -90,30 +99,31 @@ class _Given(NamedTuple):
 
 
 def _name(given: Any) -> _Given:
-    states, routed, key, value, x = given[:5]
-    projections, weights = HoistWeights(*given[5:13]), LoopWeights(*given[13:])
-    return _Given(states, routed, key, value, x, projections, weights)
+    states, cell, routed, key, value, x = given[:6]
+    projections, weights = HoistWeights(*given[6:14]), LoopWeights(*given[14:])
+    return _Given(states, cell, routed, key, value, x, projections, weights)
 
 
 class _Loop(torch.autograd.Function):
     @staticmethod
     def forward(ctx, call, *given):  # type: ignore[no-untyped-def]
         run = _Run(call, _name(given))
-        after, final, mass = run.forward()
+        after, final, mass, final_cell = run.forward()
         ctx.run, ctx.call = run, call
         ctx.save_for_backward(*given, after)
         ctx.mark_non_differentiable(mass)
         ctx.set_materialize_grads(False)  # most want the final states only
-        return after, final, mass
+        return after, final, mass, final_cell
 
     @staticmethod
-    def backward(ctx, d_after, d_final, _):  # type: ignore[no-untyped-def]
+    def backward(ctx, d_after, d_final, _, d_final_cell):  # type: ignore[no-untyped-def]
         *given, after = ctx.saved_tensors
-        if d_after is None and d_final is None:  # what read them had no gradient itself
+        grads = [d_after, d_final] if given[1] is None else [d_after, d_final, d_final_cell]
+        if all(grad is None for grad in grads):  # what read them had no gradient itself
             return None, *[None] * len(given)
         if torch.is_grad_enabled():
-            return None, *_through_the_reference([d_after, d_final], given, ctx.call)
-        return None, *ctx.run.backward(d_after, d_final, after)
+            return None, *_through_the_reference(grads, given, ctx.call)
+        return None, *ctx.run.backward(*grads[:2], after, *grads[2:])
 
 
 def _through_the_reference(grads, given, call):  # type: ignore[no-untyped-def]
@@ -129,7 +139,7 @@ def _through_the_reference(grads, given, call):  # type: ignore[no-untyped-def]
                 own.x, groups, own.projections, call.heads
             )
         results = reference.segment_loop(
-            own.states, routed, key, value, call.segments, own.weights, call.heads
+            own.states, routed, key, value, call.segments, own.weights, call.heads, own.cell
         )
         asked = [(x, grad) for x, grad in zip(results, grads, strict=True) if grad is not None]
         wanted = [x for x in given if x is not None and x.requires_grad]
@@ -151,6 +161,8 @@ class _Run:
         self.call, self.heads, self.is_kept = call, call.heads, call.is_kept
         self.dtype = given.states.dtype
         self.states = arrays.array(given.states)
+        self.cell = None if given.cell is None else arrays.array(given.cell)
+        self.num_gates = 3 if given.cell is None else 4
         ptr, num_active = (x.numpy() for x in call.segments)
         self.segments = cpu.Segments(ptr, np.cumsum(num_active) - num_active, num_active)
         self.has_tokens, self.has_talk = given.x is not None, given.weights.qkv is not None
@@ -174,12 +186,16 @@ class _Run:
             self.num_states = len(routed) // self.num_groups
             self.rows = cpu.Rows(key, value, routed)
             self.x = self._empty(0, 0)
-        self.turned = _turn(given.weights, self.heads)
+        self.turned = turn(given.weights, self.heads)
         self.weights = cpu.Weights(*map(arrays.place, self.turned))
         self.chunks = self._share()
         self.most_examples = max(int((part[:, 1] - part[:, 0]).max()) for part in self.chunks)
         self.longest = int(np.diff(ptr).max())
         self.places, self.kept_size = self._find_places() if self.is_kept else (self.chunks, 0)
+        # Behind what steps made: the cells that they found. Without a gradient nobody reads them.
+        has_cells = call.has_grad and self.cell is not None
+        rows = self.num_groups * self.num_states
+        self.cells_size = rows * self.states.shape[1] if has_cells else 0
         self.kept: np.ndarray | None = None
 
     def _empty(self, *shape: int) -> np.ndarray:
@@ -214,18 +230,20 @@ class _Run:
         tokens = ptr[np.minimum(group + counts, len(ptr) - 1)] - ptr[group]
         sizes = cpu.record_size(
             counts * self.num_states, tokens, self.states.shape[1], self.num_states, self.heads,
-            self.has_talk,
+            self.has_talk, self.num_gates,
         )  # fmt: skip
         ends = sizes.cumsum().reshape(sizes.shape)
         cuts = np.cumsum([len(part) for part in self.chunks])[:-1]
         return [np.ascontiguousarray(x) for x in np.split(ends - sizes, cuts)], int(ends[-1, -1])
 
-    def forward(self) -> tuple[Tensor, Tensor, Tensor]:
-        self.kept, after, final, mass = self._read()
-        return after, final, mass
+    def forward(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        self.kept, *results = self._read()
+        after, final, mass, final_cell = results
+        return after, final, mass, None if self.cell is None else final_cell
 
-    def _read(self) -> tuple[np.ndarray, Tensor, Tensor, Tensor]:
+    def _read(self) -> tuple[np.ndarray, Tensor, Tensor, Tensor, Tensor]:
         kept = self._take()
+        final_cell = torch.from_numpy(self._no_rows() if self.cell is None else self.cell).clone()
         channels = self.states.shape[1]
         after = torch.empty(self.num_groups * self.num_states, channels, dtype=self.dtype)
         final = torch.empty(self.states.shape, dtype=self.dtype)
@@ -235,17 +253,22 @@ class _Run:
         tokens = self._tokens(mass.numpy())
         calls = [
             (
-                self.states, self.rows, tokens, self.segments, self.weights, self._made(),
-                self._scratch(), kept, places, after.numpy(), final.numpy(), self.heads,
+                self.states, self._cells(kept, final_cell.numpy()), self.rows, tokens,
+                self.segments, self.weights, self._made(), self._scratch(),
+                kept[: self.kept_size], places, after.numpy(), final.numpy(), self.heads,
                 self.num_states, chunks,
             )
             for chunks, places in zip(self.chunks, self.places, strict=True)
         ]  # fmt: skip
         run_all(cpu.forward_kernel, calls)
-        return kept, after, final, mass
+        return kept, after, final, mass, final_cell
 
     def backward(
-        self, d_after: Tensor | None, d_final: Tensor | None, after: Tensor
+        self,
+        d_after: Tensor | None,
+        d_final: Tensor | None,
+        after: Tensor,
+        d_final_cell: Tensor | None = None,
     ) -> list[Tensor | None]:
         # Whoever goes back through a retained graph at the same time must not use this, too.
         kept, self.kept = self.kept, None
@@ -254,20 +277,27 @@ class _Run:
         turned = cpu.Weights(*(arrays.place(x.t() if x.dim() == 2 else x) for x in self.turned))
         grads = [[torch.zeros(x.shape, dtype=self.dtype) for x in self.turned] for _ in self.chunks]
         d_states = np.zeros_like(self.states)
-        nothing = self._empty(0, self.states.shape[1])
-        given = [nothing if grad is None else arrays.array(grad) for grad in (d_after, d_final)]
+        d_cells = self._no_rows() if self.cell is None else np.zeros_like(self.cell)
+        given = [
+            self._no_rows() if grad is None else arrays.array(grad)
+            for grad in (d_after, d_final, d_final_cell)
+        ]
+        # Of examples that never read; the others' are written over.
         if d_final is not None:
-            d_states[:] = given[1]  # of examples that never read; the others' are written over
+            d_states[:] = given[1]
+        if d_final_cell is not None:
+            d_cells[:] = given[2]
         d_rows = self._like_rows()
         tokens = self._tokens(self._empty(0))
         d_x = make_token_grads(self.x, self.num_tokens, self.dtype)
         token_grads = [self._token_grads(tokens, d_x.numpy()) for _ in self.chunks]
         calls = [
             (
-                *given, self.states, self.rows, tokens, self.segments, self.weights, turned,
-                self._made(), self._scratch(), kept, places, after.numpy(),
-                cpu.Weights(*(x.numpy() for x in part)), d_states, d_rows, own, self.heads,
-                self.num_states, chunks, self.is_shared,
+                *given, self.states, self._cells(kept, self._no_rows()), self.rows, tokens,
+                self.segments, self.weights, turned, self._made(), self._scratch(),
+                kept[: self.kept_size], places, after.numpy(),
+                cpu.Weights(*(x.numpy() for x in part)), d_states, d_cells, d_rows, own,
+                self.heads, self.num_states, chunks, self.is_shared,
             )
             for part, own, chunks, places in zip(
                 grads, token_grads, self.chunks, self.places, strict=True
@@ -276,13 +306,17 @@ class _Run:
         run_all(cpu.backward_kernel, calls)
         self._give_back(kept)
         total = [sum(parts[1:], parts[0]) for parts in zip(*grads, strict=True)]
-        found = _turn_back(total, self.heads, self.has_talk)
-        before = torch.from_numpy(d_states)
+        found = turn_back(total, self.heads)
+        before = [
+            torch.from_numpy(d_states),
+            None if self.cell is None else torch.from_numpy(d_cells),
+        ]
         if self.projections is not None:
             projections = self.projections.total([own.weights for own in token_grads])
-            return [before, None, None, None, d_x, *projections, *found]
+            return [*before, None, None, None, d_x, *projections, *found]
         key, value, routed = map(torch.from_numpy, d_rows)
-        return [before, routed, key, None if self.is_shared else value, None, *[None] * 8, *found]
+        rows = [routed, key, None if self.is_shared else value]
+        return [*before, *rows, None, *[None] * 8, *found]
 
     def _like_rows(self) -> cpu.Rows:
         key, value, routed = (self._empty(*x.shape) for x in self.rows)
@@ -295,15 +329,22 @@ class _Run:
 
     # Memory
 
+    def _no_rows(self) -> np.ndarray:
+        return self._empty(0, self.states.shape[1])
+
+    def _cells(self, kept: np.ndarray, now: np.ndarray) -> cpu.Cells:
+        return cpu.Cells(now, kept[self.kept_size :])
+
     def _take(self) -> np.ndarray:
         # New memory costs a page fault every 4 KiB, a tenth of a step: the last one serves again.
-        spare = _spare.pop((self.kept_size, self.dtype), None)
-        return arrays.empty(self.dtype, self.kept_size) if spare is None else spare
+        size = self.kept_size + self.cells_size
+        spare = _spare.pop((size, self.dtype), None)
+        return arrays.empty(self.dtype, size) if spare is None else spare
 
     def _give_back(self, kept: np.ndarray) -> None:
-        if self.is_kept:
+        if len(kept) > 0:
             _spare.clear()
-            _spare[self.kept_size, self.dtype] = kept
+            _spare[len(kept), self.dtype] = kept
 
     def _made(self) -> cpu.Made:
         rows, channels = self.most_examples * self.num_states, self.states.shape[1]
@@ -315,7 +356,7 @@ class _Run:
             query=empty(rows, channels),
             attended=empty(rows, channels),
             weights=empty(self.most_examples * self.longest * weight),
-            gates=empty(rows, 3 * channels),
+            gates=empty(rows, self.num_gates * channels),
             qkv=empty(talk_rows, 3 * channels),
             talk=empty(talk_rows * weight),
             mixed=empty(talk_rows, channels),
@@ -333,11 +374,13 @@ class _Run:
             d_rows=self._step_rows(),
             hoist=self._hoist_scratch(),
             after=empty(rows, channels),
+            cell=empty(rows if self.cell is not None else 0, channels),
             d_state=empty(rows, channels),
+            d_cell=empty(rows if self.cell is not None else 0, channels),
             d_mixed=empty(rows, channels),
             d_query=empty(rows, channels),
             d_attended=empty(rows, channels),
-            d_gates=empty(rows, 3 * channels),
+            d_gates=empty(rows, self.num_gates * channels),
             d_x=empty(rows, 3 * channels),
             d_qkv=empty(rows, 3 * channels),
         )
@@ -357,47 +400,3 @@ class _Run:
             self.dtype, most_tokens, self.most_examples, self.x.shape[1], self.heads,
             self.num_states,
         )  # fmt: skip
-
-
-# Parameters ########################################################################
-
-
-def _turn(weights: Any, heads: int) -> list[Tensor]:
-    """The kernel's form: ``[in, out]``, scores scaled, (update, reset state) for the candidate."""
-    query, query_bias, out, out_bias, gates, gates_bias, candidate, candidate_bias = (
-        x.detach() for x in weights[:8]
-    )
-    channels = query.size(0)
-    factor = (channels // heads) ** -0.5
-    reset, update = candidate.split(channels, dim=1)
-    talk = [query.new_empty([0] * dims) for dims in (2, 1, 2, 1, 1, 1)]
-    if weights[8] is not None:
-        qkv, qkv_bias, *rest = (x.detach() for x in weights[8:])
-        factors = query.new_ones(3 * channels)
-        factors[:channels] = factor
-        talk = [qkv * factors.unsqueeze(1), qkv_bias * factors, *rest]
-    turned = [
-        query * factor, query_bias * factor, out, out_bias, gates, gates_bias,
-        torch.cat([update, reset], dim=1), candidate_bias, *talk,
-    ]  # fmt: skip
-    return [x.t() if x.dim() == 2 else x for x in turned]
-
-
-def _turn_back(grads: list[Tensor], heads: int, has_talk: bool) -> list[Tensor | None]:
-    """Gradients of the parameters as they came."""
-    g = cpu.Weights(*(x.t().contiguous() if x.dim() == 2 else x for x in grads))
-    channels = g.query.size(0)
-    factor = (channels // heads) ** -0.5
-    update, reset = g.candidate.split(channels, dim=1)
-    found: list[Tensor | None] = [
-        g.query * factor, g.query_bias * factor, g.out, g.out_bias, g.gates, g.gates_bias,
-        torch.cat([reset, update], dim=1), g.candidate_bias,
-    ]  # fmt: skip
-    if not has_talk:
-        return [*found, *[None] * 6]
-    factors = g.query.new_ones(3 * channels)
-    factors[:channels] = factor
-    return [
-        *found, g.qkv * factors.unsqueeze(1), g.qkv_bias * factors, g.mix, g.mix_bias, g.scale,
-        g.shift,
-    ]  # fmt: skip

@@ -10,7 +10,8 @@ from torch import Tensor
 class LoopWeights(NamedTuple):
     """What the cell has learned; matrices are ``[out, in]``, as in ``torch.nn.Linear``.
 
-    Without communication the last six are None.
+    An LSTM has no candidate's: they are None, and `gates` is [4 C, 2 C]: input, forget and output
+    gate and candidate from (state, update). Without communication the last six are None.
     """
 
     query: Tensor  #: [C, C]
@@ -19,8 +20,8 @@ class LoopWeights(NamedTuple):
     out_bias: Tensor
     gates: Tensor  #: [2 C, 2 C], reset and update from (state, update)
     gates_bias: Tensor
-    candidate: Tensor  #: [C, 2 C], from (reset * state, update)
-    candidate_bias: Tensor
+    candidate: Tensor | None  #: [C, 2 C], from (reset * state, update)
+    candidate_bias: Tensor | None
     qkv: Tensor | None  #: [3 C, C], of communication
     qkv_bias: Tensor | None
     mix: Tensor | None  #: [C, C], its output

@@ -20,15 +20,20 @@ def segment_loop(
     segments: LoopSegments,
     w: LoopWeights,
     heads: int,
-) -> tuple[Tensor, Tensor]:
-    """States after every step, ``[G N, C]``, and after each example's last, ``[B N, C]``."""
+    cell: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """States after every step, ``[G N, C]``, and after each example's last, ``[B N, C]``.
+
+    Of an LSTM also the cell after each example's last step.
+    """
     token_ptr, num_active = segments
     num_groups = token_ptr.numel() - 1
     if num_groups == 0:
         nothing = 0 * (key[:0].sum() + value[:0].sum() + states[:0].sum())
-        return routed + nothing, states + nothing
+        carried = [states] if cell is None else [states, cell]
+        return routed + nothing, *[rows + nothing for rows in carried]
     num_states = routed.size(0) // num_groups
-    after, finished = [], []
+    after, finished, finished_cells = [], [], []
     group = 0
     for count in num_active.tolist():
         if count == 0:
@@ -43,11 +48,11 @@ def segment_loop(
         query = F.linear(state, w.query, w.query_bias).unflatten(0, (count, num_states))
         attended = _attend(query, key_BLC, value_BLC, heads, mask_BL)
         update = routed[rows] + F.linear(attended.flatten(0, 1), w.out, w.out_bias)
-        gates = F.linear(torch.cat([state, update], 1), w.gates, w.gates_bias).sigmoid()
-        reset, mix = gates.chunk(2, dim=1)
-        both = torch.cat([reset * state, update], 1)
-        candidate = F.linear(both, w.candidate, w.candidate_bias).tanh()
-        states = (1 - mix) * state + mix * candidate
+        if cell is None:
+            states = _gru(state, update, w)
+        else:
+            finished_cells.append(cell[count * num_states :])
+            states, cell = _lstm(state, update, cell[: count * num_states], w)
         if w.qkv is not None:
             qkv = F.linear(states, w.qkv, w.qkv_bias).unflatten(0, (count, num_states))
             query, keys, values = qkv.chunk(3, dim=-1)
@@ -58,7 +63,26 @@ def segment_loop(
         after.append(states)
         group += count
     # Examples finish from the back.
-    return torch.cat(after), torch.cat([states, *finished[::-1]])
+    final = torch.cat([states, *finished[::-1]])
+    if cell is None:
+        return torch.cat(after), final
+    return torch.cat(after), final, torch.cat([cell, *finished_cells[::-1]])
+
+
+def _gru(state: Tensor, update: Tensor, w: LoopWeights) -> Tensor:
+    gates = F.linear(torch.cat([state, update], 1), w.gates, w.gates_bias).sigmoid()
+    reset, mix = gates.chunk(2, dim=1)
+    both = torch.cat([reset * state, update], 1)
+    assert w.candidate is not None
+    candidate = F.linear(both, w.candidate, w.candidate_bias).tanh()
+    return (1 - mix) * state + mix * candidate
+
+
+def _lstm(state: Tensor, update: Tensor, cell: Tensor, w: LoopWeights) -> tuple[Tensor, Tensor]:
+    gates = F.linear(torch.cat([state, update], 1), w.gates, w.gates_bias)
+    i, f, o, g = gates.chunk(4, dim=1)
+    cell = f.sigmoid() * cell + i.sigmoid() * g.tanh()
+    return o.sigmoid() * cell.tanh(), cell
 
 
 def _padded(rows: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:

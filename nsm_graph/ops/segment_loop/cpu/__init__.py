@@ -6,6 +6,7 @@ tile of :mod:`nsm_graph.ops.cpu.matmul`; attention keeps its weights as [keys, q
 softmax runs down columns, lane by lane. What a step made is kept for backward, or made again.
 """
 
+from nsm_graph.ops.segment_loop.cpu.arrays import Cells as Cells
 from nsm_graph.ops.segment_loop.cpu.arrays import Made as Made
 from nsm_graph.ops.segment_loop.cpu.arrays import Rows as Rows
 from nsm_graph.ops.segment_loop.cpu.arrays import Scratch as Scratch

@@ -8,7 +8,10 @@ Array = Any  # numpy arrays in Python, Numba's in kernels
 
 
 class Weights(NamedTuple):
-    """The cell's parameters; matrices are [in, out], or [out, in] where backward needs them so."""
+    """The cell's parameters; matrices are [in, out], or [out, in] where backward needs them so.
+
+    What a cell lacks is empty: the candidate of an LSTM, communication.
+    """
 
     query: Array
     query_bias: Array
@@ -24,6 +27,13 @@ class Weights(NamedTuple):
     mix_bias: Array
     scale: Array
     shift: Array
+
+
+class Cells(NamedTuple):
+    """An LSTM's cell; empty for a GRU."""
+
+    now: Array  #: [examples N, C], written over by every step: at last a result of the forward
+    found: Array  #: [groups N C], what every step found, for backward; empty where there is none
 
 
 class Segments(NamedTuple):
@@ -63,11 +73,11 @@ class TokenGrads(NamedTuple):
 class Made(NamedTuple):
     """What a step makes, one row per state: backward reads it. It stays in a thread's cache."""
 
-    x: Array  #: [rows, >= 4 C]: state, update, reset * state, candidate mixed in
+    x: Array  #: [rows, >= 4 C]: state, update, reset * state or an LSTM's tanh(cell), propagated
     query: Array  #: [rows, C]
     attended: Array  #: [rows, C]
     weights: Array  #: [tokens H N], by group and head [tokens, N]
-    gates: Array  #: [rows, 3 C]: reset, update, candidate
+    gates: Array  #: [rows, 3 C]: reset, update, candidate; [rows, 4 C]: an LSTM's, see `inputs.py`
     qkv: Array  #: [rows, 3 C]
     talk: Array  #: [rows H N], by example and head [N, N]
     mixed: Array  #: [rows, C]
@@ -84,10 +94,12 @@ class Scratch(NamedTuple):
     d_rows: Rows
     hoist: Any  #: hoist.cpu.Scratch
     after: Array  #: [rows, C], a step's result that is made again
+    cell: Array  #: [rows, C], an LSTM's, made again
     d_state: Array  #: [rows, C]; gradients, by the names of `Made`
+    d_cell: Array  #: [rows, C]
     d_mixed: Array  #: [rows, C]
     d_query: Array  #: [rows, C]
     d_attended: Array  #: [rows, C]
-    d_gates: Array  #: [rows, 3 C]
+    d_gates: Array  #: [rows, 3 C] or [rows, 4 C]
     d_x: Array  #: [rows, 3 C]
     d_qkv: Array  #: [rows, 3 C]

@@ -15,6 +15,7 @@ from nsm_graph.ops.cpu.matmul import add_product, multiply
 from nsm_graph.ops.hoist.cpu import hoist_block, hoist_block_backward, project, route
 from nsm_graph.ops.segment_loop.cpu.arrays import (
     Array,
+    Cells,
     Made,
     Rows,
     Scratch,
@@ -23,7 +24,7 @@ from nsm_graph.ops.segment_loop.cpu.arrays import (
     Tokens,
     Weights,
 )
-from nsm_graph.ops.segment_loop.cpu.forward import copy_rows, take_step
+from nsm_graph.ops.segment_loop.cpu.forward import copy_rows, take_step, update_cell
 from nsm_graph.ops.segment_loop.cpu.history import recall
 
 # One step ##########################################################################
@@ -109,22 +110,14 @@ def _talk_backward(  # type: ignore[no-untyped-def]
 
 
 @numba.njit(**INNER)
-def _read_backward(  # type: ignore[no-untyped-def]
-    t, made, scratch, grads, key, value, d_key, d_value, d_routed, token_ptr, group, count,
-    num_states, heads, is_shared,
-):  # fmt: skip
-    """From the gradient of the propagated state to that of the state before, in place."""
-    channels = key.shape[1]
-    width = channels // heads
-    num_rows = count * num_states
-    one = key.dtype.type(1)
+def _gru_backward(t, made, scratch, grads, num_rows):  # type: ignore[no-untyped-def]
+    """From the gradient of the propagated state to those of state before and update, in ``d_x``."""
+    channels = made.query.shape[1]
+    one = made.x.dtype.type(1)
     x = made.x[:num_rows]
     d_state, dg, dx = (
         scratch.d_state[:num_rows], scratch.d_gates[:num_rows], scratch.d_x[:num_rows],
     )  # fmt: skip
-    d_query, d_attended = scratch.d_query[:num_rows], scratch.d_attended[:num_rows]
-    turned, slopes = scratch.turned, scratch.slopes
-    query, attended = made.query[:num_rows], made.attended[:num_rows]
     for i in range(num_rows):
         state, gates, d = x[i, :channels], made.gates[i], d_state[i]
         mix, candidate = gates[channels : 2 * channels], gates[2 * channels :]
@@ -150,6 +143,59 @@ def _read_backward(  # type: ignore[no-untyped-def]
     _add_rows(grads.candidate_bias, dg, 2 * channels)
     add_product(grads.gates, x[:, : 2 * channels].T, dg[:, : 2 * channels])
     add_product(dx[:, : 2 * channels], dg[:, : 2 * channels], t.gates)
+
+
+@numba.njit(**INNER)
+def _lstm_backward(t, made, scratch, grads, found, num_rows):  # type: ignore[no-untyped-def]
+    """The same of an LSTM that ``found`` these cells, and from their gradient to that before."""
+    channels = made.query.shape[1]
+    zero, one = made.x.dtype.type(0), made.x.dtype.type(1)
+    dg, dx = scratch.d_gates[:num_rows], scratch.d_x[:num_rows, : 2 * channels]
+    for i in range(num_rows):
+        gates, row = made.gates[i], dg[i]
+        input_gate, forget_gate = gates[:channels], gates[channels : 2 * channels]
+        output_gate, candidate = gates[2 * channels : 3 * channels], gates[3 * channels :]
+        d_input_gate, d_forget_gate = row[:channels], row[channels : 2 * channels]
+        d_output_gate, d_candidate = row[2 * channels : 3 * channels], row[3 * channels :]
+        tanh_cell = made.x[i, 2 * channels : 3 * channels]
+        before = found[i * channels : (i + 1) * channels]
+        d, d_cell = scratch.d_state[i], scratch.d_cell[i]
+        for j in range(channels):
+            d_output_gate[j] = d[j] * tanh_cell[j] * output_gate[j] * (one - output_gate[j])
+        for j in range(channels):
+            d_cell[j] += d[j] * output_gate[j] * (one - tanh_cell[j] * tanh_cell[j])
+        for j in range(channels):
+            d_input_gate[j] = d_cell[j] * candidate[j] * input_gate[j] * (one - input_gate[j])
+        for j in range(channels):
+            d_forget_gate[j] = d_cell[j] * before[j] * forget_gate[j] * (one - forget_gate[j])
+        for j in range(channels):
+            d_candidate[j] = d_cell[j] * input_gate[j] * (one - candidate[j] * candidate[j])
+        for j in range(channels):
+            d_cell[j] *= forget_gate[j]
+    _add_rows(grads.gates_bias, dg, 0)
+    add_product(grads.gates, made.x[:num_rows, : 2 * channels].T, dg)
+    dx[:] = zero
+    add_product(dx, dg, t.gates)
+
+
+@numba.njit(**INNER)
+def _read_backward(  # type: ignore[no-untyped-def]
+    t, made, scratch, grads, found, key, value, d_key, d_value, d_routed, token_ptr, group, count,
+    num_states, heads, is_shared,
+):  # fmt: skip
+    """From the gradient of the propagated state to that of the state before, in place."""
+    channels = key.shape[1]
+    width = channels // heads
+    num_rows = count * num_states
+    x = made.x[:num_rows]
+    d_state, dx = scratch.d_state[:num_rows], scratch.d_x[:num_rows]
+    d_query, d_attended = scratch.d_query[:num_rows], scratch.d_attended[:num_rows]
+    turned, slopes = scratch.turned, scratch.slopes
+    query, attended = made.query[:num_rows], made.attended[:num_rows]
+    if t.candidate.shape[0] > 0:
+        _gru_backward(t, made, scratch, grads, num_rows)
+    else:
+        _lstm_backward(t, made, scratch, grads, found, num_rows)
     d_update = dx[:, channels : 2 * channels]
     for i in range(num_rows):
         source, target = dx[i, channels : 2 * channels], d_routed[i]
@@ -194,11 +240,23 @@ def _add(total, rows):  # type: ignore[no-untyped-def]
             own[j] += given[j]
 
 
+@numba.njit(**INNER)
+def _fill_rows(rows, numbers, count):  # type: ignore[no-untyped-def]
+    """``rows[:count] = numbers``, row after row."""
+    channels = rows.shape[1]
+    for i in range(count):
+        own, given = rows[i], numbers[i * channels : (i + 1) * channels]
+        for j in range(channels):
+            own[j] = given[j]
+
+
 @partial(Kernel, options=BORROWING)
 def backward_kernel(
     d_after: Array,
     d_final: Array,
+    d_final_cell: Array,
     states: Array,
+    cells: Cells,
     rows: Rows,
     tokens: Tokens,
     segments: Segments,
@@ -211,6 +269,7 @@ def backward_kernel(
     after: Array,
     grads: Weights,
     d_states: Array,
+    d_cells: Array,
     d_rows: Rows,
     d_tokens: TokenGrads,
     heads: int,
@@ -220,12 +279,13 @@ def backward_kernel(
 ) -> None:
     """Gradients of everything, of the chunks of examples named; adds to ``grads``.
 
-    ``d_after`` or ``d_final`` may be empty: nobody asked for that result.
+    ``d_after``, ``d_final``, ``d_final_cell`` may be empty: nobody asked for that result.
     """
     channels, ptr = states.shape[1], segments.token_ptr
     has_tokens = tokens.x.shape[0] > 0
     zero = states.dtype.type(0)
-    d_state = scratch.d_state
+    d_state, d_cell = scratch.d_state, scratch.d_cell
+    is_lstm = w.candidate.shape[0] == 0
     for chunk in range(chunks.shape[0]):
         example = chunks[chunk, 0]
         known = 0  # examples whose gradient has been carried here from a later step
@@ -259,13 +319,18 @@ def backward_kernel(
                     tokens.weights, scratch.hoist, tokens.x, tokens.first, ptr, group,
                     group + count, key, value, routed, tokens.heads, num_states,
                 )  # fmt: skip
+            found = cells.found[group * num_states * channels :]
+            if is_lstm:
+                _fill_rows(scratch.cell, found, num_rows)
             if kept.shape[0] > 0:
                 place = places[chunk, step]
                 recall(made, kept, place, before, num_rows, end - first, num_states, heads)
+                if is_lstm:
+                    update_cell(scratch.cell, made, num_rows)
             else:
                 take_step(
-                    scratch.after[:num_rows], w, made, before, key, value, routed, ptr, group,
-                    count, num_states, heads, scratch.turned,
+                    scratch.after[:num_rows], w, made, before, scratch.cell, key, value, routed,
+                    ptr, group, count, num_states, heads, scratch.turned,
                 )  # fmt: skip
             if count > known:
                 d_state[known * num_states : num_rows] = zero
@@ -274,13 +339,22 @@ def backward_kernel(
                         d_state[known * num_states :],
                         d_final[(example + known) * num_states : (example + count) * num_states],
                     )
+                if is_lstm:
+                    d_cell[known * num_states : num_rows] = zero
+                if d_final_cell.shape[0] > 0:
+                    _add(
+                        d_cell[known * num_states :],
+                        d_final_cell[
+                            (example + known) * num_states : (example + count) * num_states
+                        ],
+                    )
                 known = count
             if d_after.shape[0] > 0:
                 _add(d_state, d_after[group * num_states : group * num_states + num_rows])
             if w.qkv.shape[0] > 0:
                 _talk_backward(w, t, made, scratch, grads, count, num_states, heads)
             _read_backward(
-                t, made, scratch, grads, key, value, d_key, d_value, d_routed,
+                t, made, scratch, grads, found, key, value, d_key, d_value, d_routed,
                 ptr, group, count, num_states, heads, is_shared,
             )  # fmt: skip
             if has_tokens:
@@ -290,3 +364,5 @@ def backward_kernel(
                     num_states,
                 )  # fmt: skip
         copy_rows(d_states[example * num_states :], d_state[: known * num_states], 0, channels)
+        if is_lstm:
+            copy_rows(d_cells[example * num_states :], d_cell[: known * num_states], 0, channels)

@@ -17,6 +17,7 @@ from nsm_graph.ops.cpu.matmul import add_product, affine, multiply
 from nsm_graph.ops.hoist.cpu import hoist_block, write_mass
 from nsm_graph.ops.segment_loop.cpu.arrays import (
     Array,
+    Cells,
     Made,
     Rows,
     Scratch,
@@ -40,7 +41,7 @@ def _attend(out, weights, query, key, value, turned):  # type: ignore[no-untyped
 
 @numba.njit(**INNER)
 def _read(  # type: ignore[no-untyped-def]
-    w, made, key, value, routed, token_ptr, group, count, num_states, heads, turned
+    w, made, cell, key, value, routed, token_ptr, group, count, num_states, heads, turned
 ):
     """One segment of ``count`` examples, whose states stand in ``made.x``."""
     channels = key.shape[1]
@@ -49,7 +50,6 @@ def _read(  # type: ignore[no-untyped-def]
     x = made.x[:num_rows]
     query = made.query[:num_rows]
     attended = made.attended[:num_rows]
-    gates = made.gates[:num_rows]
     affine(query, x[:, :channels], w.query, w.query_bias)
     for example in range(count):
         first = token_ptr[group + example] - token_ptr[group]
@@ -71,20 +71,58 @@ def _read(  # type: ignore[no-untyped-def]
         for j in range(channels):
             start[j] = routed_row[j] + w.out_bias[j]
     add_product(x[:, channels : 2 * channels], attended, w.out)
+    if w.candidate.shape[0] > 0:
+        _gru(w, x, made.gates[:num_rows])
+    else:
+        _lstm(w, x, made.gates[:num_rows])
+        update_cell(cell, made, num_rows)
 
+
+@numba.njit(**INNER)
+def _gru(w, x, gates):  # type: ignore[no-untyped-def]
+    """Gates of states and updates, and the propagated states."""
+    channels = w.query_bias.shape[0]
     affine(gates[:, : 2 * channels], x[:, : 2 * channels], w.gates, w.gates_bias)
-    for i in range(num_rows):
+    for i in range(x.shape[0]):
         vectors.sigmoid(gates, i, 0, 2 * channels)
         state, reset, both = x[i, :channels], gates[i, :channels], x[i, 2 * channels : 3 * channels]
         for j in range(channels):
             both[j] = reset[j] * state[j]
     affine(gates[:, 2 * channels :], x[:, channels : 3 * channels], w.candidate, w.candidate_bias)
-    for i in range(num_rows):
+    for i in range(x.shape[0]):
         vectors.tanh(gates, i, 2 * channels, channels)
         mix, candidate = gates[i, channels : 2 * channels], gates[i, 2 * channels :]
         state, new = x[i, :channels], x[i, 3 * channels : 4 * channels]
         for j in range(channels):
             new[j] = state[j] + mix[j] * (candidate[j] - state[j])
+
+
+@numba.njit(**INNER)
+def _lstm(w, x, gates):  # type: ignore[no-untyped-def]
+    """Gates of states and updates."""
+    channels = w.query_bias.shape[0]
+    affine(gates, x[:, : 2 * channels], w.gates, w.gates_bias)
+    for i in range(x.shape[0]):
+        vectors.sigmoid(gates, i, 0, 3 * channels)
+        vectors.tanh(gates, i, 3 * channels, channels)
+
+
+@numba.njit(**INNER)
+def update_cell(cell, made, num_rows):  # type: ignore[no-untyped-def]
+    """From gates and the cell that a step finds: the new one in its place, its tanh, the states."""
+    channels = cell.shape[1]
+    for i in range(num_rows):
+        own, gates, x = cell[i], made.gates[i], made.x[i]
+        input_gate, forget_gate = gates[:channels], gates[channels : 2 * channels]
+        output_gate, candidate = gates[2 * channels : 3 * channels], gates[3 * channels :]
+        tanh_cell, new = x[2 * channels : 3 * channels], x[3 * channels : 4 * channels]
+        for j in range(channels):
+            own[j] = forget_gate[j] * own[j] + input_gate[j] * candidate[j]
+        for j in range(channels):
+            tanh_cell[j] = own[j]
+        vectors.tanh(made.x, i, 2 * channels, channels)
+        for j in range(channels):
+            new[j] = output_gate[j] * tanh_cell[j]
 
 
 @numba.njit(**INNER)
@@ -145,15 +183,16 @@ def copy_rows(target, source, first, width):  # type: ignore[no-untyped-def]
 
 @numba.njit(**INNER)
 def take_step(  # type: ignore[no-untyped-def]
-    out, w, made, before, key, value, routed, token_ptr, group, count, num_states, heads, turned
-):
+    out, w, made, before, cell, key, value, routed, token_ptr, group, count, num_states, heads,
+    turned,
+):  # fmt: skip
     """One step of ``count`` examples: from the states that it finds to those it leaves, ``out``.
 
-    Keys, values and routed sums are this step's alone.
+    An LSTM's ``cell`` is written over. Keys, values and routed sums are this step's alone.
     """
     channels = before.shape[1]
     copy_rows(made.x, before[: count * num_states], 0, channels)
-    _read(w, made, key, value, routed, token_ptr, group, count, num_states, heads, turned)
+    _read(w, made, cell, key, value, routed, token_ptr, group, count, num_states, heads, turned)
     if w.qkv.shape[0] > 0:
         _talk(w, made, out, count, num_states, heads, turned)
     else:
@@ -169,6 +208,7 @@ def take_step(  # type: ignore[no-untyped-def]
 @partial(Kernel, options=BORROWING)
 def forward_kernel(
     states: Array,
+    cells: Cells,
     rows: Rows,
     tokens: Tokens,
     segments: Segments,
@@ -186,7 +226,7 @@ def forward_kernel(
     """Reads all segments of the chunks of examples named.
 
     Fills ``after[groups N, C]``, the states after every step, ``final[examples N, C]``, those after
-    an example's last, and ``kept``, unless it is empty.
+    an example's last, ``cells``, and ``kept``, unless it is empty.
     """
     channels, ptr = states.shape[1], segments.token_ptr
     for chunk in range(chunks.shape[0]):
@@ -211,12 +251,18 @@ def forward_kernel(
             else:
                 key, value = rows.key[first:end], rows.value[first:end]
                 routed = rows.routed[group * num_states :]
+            cell = cells.now[example * num_states : (example + count) * num_states]
+            if cells.found.shape[0] > 0:
+                place = group * num_states * channels
+                vectors.write_past(cells.found, place, cell.reshape(-1))
             take_step(
-                out, w, made, before, key, value, routed, ptr, group, count, num_states, heads,
-                scratch.turned,
+                out, w, made, before, cell, key, value, routed, ptr, group, count, num_states,
+                heads, scratch.turned,
             )  # fmt: skip
             if kept.shape[0] > 0:
                 place = places[chunk, step]
                 keep(kept, place, made, count * num_states, end - first, num_states, heads)
             # Those that read on overwrite this.
             copy_rows(final[example * num_states :], out, 0, channels)
+    if cells.found.shape[0] > 0:
+        vectors.settle()

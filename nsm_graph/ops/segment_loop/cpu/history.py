@@ -19,9 +19,9 @@ ALIGNMENT = 16
 
 
 def record_size(rows: Any, tokens: Any, channels: int, num_states: int, heads: int,
-                has_talk: bool) -> Any:  # fmt: skip
+                has_talk: bool, num_gates: int = 3) -> Any:  # fmt: skip
     """Numbers that :func:`keep` writes for a step of so many rows and tokens."""
-    parts = [rows * channels] * 3 + [tokens * heads * num_states, 3 * rows * channels]
+    parts = [rows * channels] * 3 + [tokens * heads * num_states, num_gates * rows * channels]
     if has_talk:
         parts += [3 * rows * channels, rows * heads * num_states]
         parts += [rows * channels] * 2 + [rows]
@@ -71,8 +71,12 @@ def _recall(part, kept, place):  # type: ignore[no-untyped-def]
 
 @numba.njit(**INNER)
 def recall(made, kept, place, before, rows, tokens, num_states, heads):  # type: ignore[no-untyped-def]
-    """Brings back what a step made of the states ``before`` it."""
+    """Brings back what a step made of the states ``before`` it.
+
+    But for what follows from an LSTM's cell, which is not here: `update_cell` makes that again.
+    """
     channels = made.query.shape[1]
+    is_lstm = made.gates.shape[1] > 3 * channels
     updates = place
     place = _aligned(place + rows * channels)
     place = _recall(made.query[:rows].reshape(-1), kept, place)
@@ -94,6 +98,8 @@ def recall(made, kept, place, before, rows, tokens, num_states, heads):  # type:
             x[j] = old[j]
         for j in range(channels):
             x[channels + j] = update[j]
+        if is_lstm:
+            continue
         for j in range(channels):
             x[2 * channels + j] = reset[j] * old[j]
         for j in range(channels):
