@@ -23,7 +23,7 @@ from nsm_graph.ops.segment_loop.parameters import turn, turn_back
 #: Bytes of one step's activations that a thread works on: they are to stay in its cache.
 STEP_BYTES = 1 << 19
 #: Examples that a thread takes at a time, at most.
-MOST_EXAMPLES = 8
+MOST_EXAMPLES = 4
 
 #: Where the last backward's steps were kept, for the next forward of the same size; at most one.
 _spare: dict[tuple[int, torch.dtype], np.ndarray] = {}
