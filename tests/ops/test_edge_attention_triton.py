@@ -334,6 +334,7 @@ class TestKernels:
 # Around the kernels ################################################################
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(TestKernels.__test__, reason="the kernels' own tests run in this process")
 def test_the_kernels_in_the_interpreter():
     run = subprocess.run(
