@@ -62,8 +62,6 @@ def _compare(
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     time = interleaved_medians(runs, repetitions)
-    torch.set_num_threads(num_threads)
-
     case = f"step B{EXAMPLES} L{length} N{STATES} C{CHANNELS} H{HEADS} S{segment}"
     records = [
         BenchRecord(case, name, time["ours"], time[name], is_right and is_same, targets[name])
@@ -83,6 +81,7 @@ def _compare(
     records.append(
         BenchRecord(case, "its products", time["ours"], ideal, is_right, FRACTION, note=note)
     )
+    torch.set_num_threads(num_threads)  # records say how many there were
     if num_threads > 1:
         records.append(_two_threads(case, ours, is_right, repetitions))
     return records
@@ -96,10 +95,12 @@ def _two_threads(case: str, ours: Step, is_right: bool, repetitions: int) -> Ben
         ours()
 
     time = interleaved_medians({"two": partial(run, 2), "one": partial(run, 1)}, repetitions)
-    torch.set_num_threads(before)
-    return BenchRecord(
+    torch.set_num_threads(2)
+    record = BenchRecord(
         f"{case}, two threads", "one thread", time["two"], time["one"], is_right, TWO_THREADS
     )
+    torch.set_num_threads(before)
+    return record
 
 
 # Machines and steps ################################################################

@@ -10,6 +10,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import metadata
@@ -19,6 +20,13 @@ from typing import Any
 import torch
 
 PACKAGES = ("nsm-graph", "numpy", "numba", "torch-geometric")
+#: Peers that are named only where they are installed.
+PEERS = (
+    "dgl",
+    "perceiver-pytorch",
+    "block-recurrent-transformer-pytorch",
+    "recurrent-memory-transformer-pytorch",
+)
 
 
 def environment() -> dict[str, Any]:
@@ -42,6 +50,9 @@ def _fixed() -> dict[str, Any]:
             versions[name.replace("-", "_")] = metadata.version(name)
         except metadata.PackageNotFoundError:  # run from a checkout that was not installed
             versions[name.replace("-", "_")] = None
+    for name in PEERS:
+        with suppress(metadata.PackageNotFoundError):
+            versions[name.replace("-", "_")] = metadata.version(name)
     return {"cpu": _cpu_model(), "commit": _commit(), **versions}
 
 

@@ -10,6 +10,7 @@ import logging
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 from torch_geometric.nn import MessagePassing
 from torch_geometric.nn.aggr import SumAggregation as _Aggregation
 from torch_geometric.nn.dense.linear import Linear
@@ -59,7 +60,7 @@ def why_not_fused(
         return f"states talk along {cell.topology!r}"
     if record or bptt_segments is not None:
         return "steps are recorded, or the history is cut"
-    if not _is_plain(cell):
+    if not _is_plain(cell) or any(getattr(torch_module, hooks) for hooks in _GLOBAL_HOOKS):
         return "a part of the cell was replaced, or a hook watches it"
     return None
 
@@ -141,6 +142,12 @@ def loop_weights(cell: StateMachineCell) -> LoopWeights:
     return LoopWeights(*[tensor for pair in found for tensor in pair])
 
 
+_GLOBAL_HOOKS = (
+    "_global_forward_hooks",
+    "_global_forward_pre_hooks",
+    "_global_backward_hooks",
+    "_global_backward_pre_hooks",
+)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 #: What the cell is made of; a part of another type may do anything.

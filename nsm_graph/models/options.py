@@ -244,11 +244,19 @@ def _check_state(machine: NeuralStateMachine, state: MachineState, batch_size: i
             f"active; take it along with state.edit(edit, machine.manager)"
         )
     shape = (state.num_examples * slots.numel(), machine.state_channels)
-    has_cell = machine.cell.propagator.cell == "lstm"
-    if state.states.shape != shape or (state.cell is not None) != has_cell:
+    if state.states.shape != shape:
         raise ValueError(
-            f"state must hold states of shape {shape} {'and' if has_cell else 'without'} a cell, "
-            f"but has {tuple(state.states.shape)}; it comes from another machine"
+            f"state must hold states of shape {shape}, but has {tuple(state.states.shape)}; it "
+            f"comes from another machine"
+        )
+    cell = None if state.cell is None else tuple(state.cell.shape)
+    wanted = None
+    if machine.cell.propagator.cell == "lstm":
+        wanted = (shape[0], machine.state_channels - machine.cell.kept_channels)
+    if cell != wanted:
+        raise ValueError(
+            f"state must hold {_of_shape('cell', wanted)}, but holds {_of_shape('cell', cell)}; it "
+            f"comes from another machine"
         )
     tail = (state.num_examples, machine.token_channels)
     if state.tail is not None and (machine.cell.scan is None or state.tail.shape != tail):
@@ -257,6 +265,10 @@ def _check_state(machine: NeuralStateMachine, state: MachineState, batch_size: i
             f"{'has no scan' if machine.cell.scan is None else f'needs {tail}'}; it comes from "
             f"another machine"
         )
+
+
+def _of_shape(name: str, shape: tuple[int, ...] | None) -> str:
+    return f"no {name}" if shape is None else f"a {name} of shape {shape}"
 
 
 def _check_segment_length(machine: NeuralStateMachine, segment_length: int | None) -> None:

@@ -24,6 +24,8 @@ from nsm_graph.nn import (
     StatePropagator,
     StateSnap,
 )
+from nsm_graph.ops.segment_loop import fused as loop_in_one_kernel
+from nsm_graph.ops.segment_loop import release_memory
 from nsm_graph.testing import assert_close_to_norm
 
 
@@ -524,3 +526,34 @@ def test_graphs_are_not_asked():
     with mock.patch.object(sequence, "why_not_fused") as ask:
         machine(torch.randn(5, 3))
     assert not ask.called
+
+
+def test_batched_gradients_are_those_one_by_one():
+    machine, x = make_machine(), torch.randn(7, 3, requires_grad=True)
+    with in_one_kernel():
+        out = run(machine, x, [4, 3]).out
+    directions = torch.randn(3, *out.shape)
+    (batched,) = torch.autograd.grad(out, x, directions, is_grads_batched=True, retain_graph=True)
+    single = [torch.autograd.grad(out, x, one, retain_graph=True)[0] for one in directions]
+    torch.testing.assert_close(batched, torch.stack(single))
+
+
+def test_a_global_hook_sees_every_module():
+    machine, seen = make_machine(), []
+    hook = nn.modules.module.register_module_forward_hook(
+        lambda module, *_: seen.append(type(module))
+    )
+    try:
+        assert "hook watches" in reason_of(machine)
+    finally:
+        hook.remove()
+    assert StatePropagator in seen
+    assert reason_of(machine) is None
+
+
+def test_the_memory_of_a_step_can_be_given_back():
+    machine = make_machine()
+    run(machine, torch.randn(7, 3), [4, 3]).out.sum().backward()
+    assert loop_in_one_kernel._spare
+    release_memory()
+    assert not loop_in_one_kernel._spare

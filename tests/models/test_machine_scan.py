@@ -905,7 +905,7 @@ def test_a_tail_from_another_machine_is_refused():
         ValueError, match=r"tail of shape \(1, 7\), but this machine needs \(1, 8\)"
     ):
         with_scan.run(x, state=replace(state, tail=torch.zeros(1, 7)))
-    for cell, message in (("lstm", "and a cell"), ("gru", "without a cell")):
+    for cell, message in (("lstm", "must hold a cell"), ("gru", "must hold no cell")):
         other = make({}, cell="gru" if cell == "lstm" else "lstm").run(x).state
         with pytest.raises(ValueError, match=message):
             make({}, cell=cell).run(x, state=other)

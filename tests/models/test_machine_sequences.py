@@ -316,7 +316,7 @@ BAD_STATES = [
     ),
     (
         lambda m: m.run(X, batch_of([2, 2]), carried(m, cell=torch.zeros(6, 4))),
-        "without a cell",
+        r"must hold no cell, but holds a cell of shape \(6, 4\)",
     ),
     (
         lambda m: m.run(X, batch_of([2, 2]), carried(make_machine(num_states=2))),

@@ -1,5 +1,7 @@
 """A stream in pieces equals the whole, and edits in its midst keep what survives."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -217,3 +219,11 @@ def test_state_moves_between_devices_and_keeps_everything():
 
 def test_batch_of_is_sorted():
     assert batch_of([2, 0, 1]).tolist() == [0, 0, 2]
+
+
+def test_a_cell_of_another_batch_is_refused():
+    machine = make_machine(cell="lstm")
+    state = run(machine, torch.randn(5, 3), [3, 2]).state
+    twice = replace(state, cell=torch.cat([state.cell, state.cell]))
+    with pytest.raises(ValueError, match="must hold a cell of shape"):
+        run(machine, torch.randn(5, 3), [3, 2], state=twice)

@@ -151,6 +151,13 @@ def _choose(backend: str | None, states: Tensor) -> str:
     return backend
 
 
+def release_memory() -> None:
+    """Gives back the memory of the last training step, which is held for the next of its size."""
+    from nsm_graph.ops.segment_loop import fused
+
+    fused.release_memory()
+
+
 def _check(
     states: Tensor,
     routed: Tensor,

@@ -29,6 +29,11 @@ MOST_EXAMPLES = 4
 _spare: dict[tuple[int, torch.dtype], np.ndarray] = {}
 
 
+def release_memory() -> None:
+    """Gives back what the last backward left for the next forward."""
+    _spare.clear()
+
+
 def segment_loop(
     states: Tensor,
     routed: Tensor,
@@ -121,9 +126,17 @@ class _Loop(torch.autograd.Function):
         grads = [d_after, d_final] if given[1] is None else [d_after, d_final, d_final_cell]
         if all(grad is None for grad in grads):  # what read them had no gradient itself
             return None, *[None] * len(given)
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or any(map(_is_batched, grads)):
             return None, *_through_the_reference(grads, given, ctx.call)
         return None, *ctx.run.backward(*grads[:2], after, *grads[2:])
+
+
+def _is_batched(grad: Tensor | None) -> bool:
+    """Whether it stands for many gradients, as with ``is_grads_batched``: no array holds them."""
+    functorch = torch._C._functorch
+    return grad is not None and (
+        functorch.is_batchedtensor(grad) or functorch.is_legacy_batchedtensor(grad)
+    )
 
 
 def _through_the_reference(grads, given, call):  # type: ignore[no-untyped-def]
@@ -339,7 +352,10 @@ class _Run:
         # New memory costs a page fault every 4 KiB, a tenth of a step: the last one serves again.
         size = self.kept_size + self.cells_size
         spare = _spare.pop((size, self.dtype), None)
-        return arrays.empty(self.dtype, size) if spare is None else spare
+        if spare is None:
+            _spare.clear()  # before there are two
+            spare = arrays.empty(self.dtype, size)
+        return spare
 
     def _give_back(self, kept: np.ndarray) -> None:
         if len(kept) > 0:
