@@ -25,6 +25,7 @@ def small(monkeypatch):
     monkeypatch.setattr(gpu, "CALLS", 1)
 
 
+@pytest.mark.slow
 @needs_triton
 def test_without_a_gpu_the_kernels_are_checked_and_nothing_is_timed(no_gpu, capsys):
     assert main(["bench", "gpu"]) == 0

@@ -30,6 +30,9 @@ needs_peak = pytest.mark.skipif(
     not Path("/proc/self/clear_refs").exists(), reason="only Linux tells the peak of memory"
 )
 
+#: Each measures whole machines, some in new processes.
+pytestmark = pytest.mark.slow
+
 
 def assert_timed(records):
     for found in records:

@@ -253,6 +253,7 @@ def test_nothing_to_read(backend):
 # Of second order ###################################################################
 
 
+@pytest.mark.slow
 @talking
 @sharing
 @asks
