@@ -89,9 +89,9 @@ def read_fused(
             states, tokens, plan.groups.first, projections, segments, loop_weights(cell), heads,
             cell=cell_states, keep=keep, backend="cpu",
         )  # fmt: skip
-        # The weights of a token add up to one.
-        counts = plan.groups.ptr.diff().repeat_interleave(slots.numel())
-        mass = received / counts if cell.training else None
+        mass = None
+        if cell.training:  # the weights of a token add up to one
+            mass = received / plan.groups.ptr.diff().repeat_interleave(slots.numel())
     else:
         order = plan.token_order
         hoisted, weights = cell.hoist(

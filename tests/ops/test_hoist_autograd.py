@@ -224,3 +224,13 @@ def test_no_result_depends_on_memory_that_was_never_written(
                 out = case.run()
                 assert all(x.isfinite().all() for x in out)
                 assert all(x.isfinite().all() for x in gradients(out, case, asked).values())
+
+
+@sharing
+def test_batched_gradients_are_those_one_by_one(is_shared):
+    case = make_case(dtype=torch.float32, is_shared=is_shared)
+    out, x = case.run()[2], case.given["x"]
+    directions = torch.randn(3, *out.shape)
+    (batched,) = torch.autograd.grad(out, x, directions, is_grads_batched=True, retain_graph=True)
+    single = [torch.autograd.grad(out, x, one, retain_graph=True)[0] for one in directions]
+    torch.testing.assert_close(batched, torch.stack(single))

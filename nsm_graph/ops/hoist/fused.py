@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nsm_graph.ops.cpu import arrays
 from nsm_graph.ops.cpu.threads import run_all, share_rows
+from nsm_graph.ops.derivatives import needs_reference, through_reference
 from nsm_graph.ops.hoist import cpu, reference
 from nsm_graph.ops.hoist.inputs import Hoisted, HoistWeights, TokenGroups
 
@@ -37,31 +38,17 @@ class _Hoist(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_key, d_value, d_routed, _):  # type: ignore[no-untyped-def]
         x, *weights = ctx.saved_tensors  # raises where one of them was changed in place
-        if torch.is_grad_enabled():
-            return (
-                None,
-                None,
-                *_through_the_reference((d_key, d_value, d_routed), [x, *weights], *ctx.options),
-            )
-        return None, None, *ctx.run.backward(d_key, d_value, d_routed)
+        grads = d_key, d_value, d_routed
+        if not needs_reference(grads):
+            return None, None, *ctx.run.backward(*grads)
+        groups, heads = ctx.options
 
+        def results(x: Tensor, *weights: Any) -> list[Tensor]:
+            return list(reference.hoist(x, groups, HoistWeights(*weights), heads)[:3])
 
-def _through_the_reference(grads, given, groups, heads):  # type: ignore[no-untyped-def]
-    """The same gradients in a form that has gradients itself."""
-    with torch.enable_grad():
-        # Views: what one input makes of another belongs to the caller's graph, not to this one.
-        given = [None if x is None else x.view_as(x) for x in given]
-        x, *weights = given
-        out = reference.hoist(x, groups, HoistWeights(*weights), heads)
         # Where values are keys, there is no second result to ask of.
-        asked = (0, 2) if weights[2] is None else (0, 1, 2)
-        wanted = [x for x in given if x is not None and x.requires_grad]
-        found = torch.autograd.grad(
-            [out[i] for i in asked], wanted, [grads[i] for i in asked], create_graph=True,
-            allow_unused=True,
-        )  # fmt: skip
-    rest = iter(found)
-    return [next(rest) if x is not None and x.requires_grad else None for x in given]
+        asked = (d_key, None if weights[2] is None else d_value, d_routed)
+        return None, None, *through_reference(results, [x, *weights], asked)
 
 
 class Projections:

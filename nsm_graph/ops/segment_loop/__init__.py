@@ -1,7 +1,7 @@
 """The loop over segments as one operation: the documented cell, from the first step to the last.
 
 The cell's equations with dense attention, for a ragged batch whose groups (segments of examples)
-stand step by step. `reference.py` is the loop in plain torch, `cpu.py` one kernel for all of it,
+stand step by step. `reference.py` is the loop in plain torch, `cpu/` one kernel for all of it,
 `README.md` the derivation.
 """
 

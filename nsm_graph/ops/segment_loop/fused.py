@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nsm_graph.ops.cpu import arrays
 from nsm_graph.ops.cpu.threads import run_all
+from nsm_graph.ops.derivatives import needs_reference, through_reference
 from nsm_graph.ops.hoist import reference as hoist_reference
 from nsm_graph.ops.hoist.cpu import Scratch as HoistScratch
 from nsm_graph.ops.hoist.cpu import Weights as HoistArrays
@@ -126,42 +127,23 @@ class _Loop(torch.autograd.Function):
         grads = [d_after, d_final] if given[1] is None else [d_after, d_final, d_final_cell]
         if all(grad is None for grad in grads):  # what read them had no gradient itself
             return None, *[None] * len(given)
-        if torch.is_grad_enabled() or any(map(_is_batched, grads)):
-            return None, *_through_the_reference(grads, given, ctx.call)
+        if needs_reference(grads):
+            results = partial(_reference, ctx.call)
+            return None, *through_reference(results, given, grads)
         return None, *ctx.run.backward(*grads[:2], after, *grads[2:])
 
 
-def _is_batched(grad: Tensor | None) -> bool:
-    """Whether it stands for many gradients, as with ``is_grads_batched``: no array holds them."""
-    functorch = torch._C._functorch
-    return grad is not None and (
-        functorch.is_batchedtensor(grad) or functorch.is_legacy_batchedtensor(grad)
+def _reference(call: _Call, *given: Tensor | None) -> tuple[Tensor, ...]:
+    """States and, of an LSTM, the last cell, in plain torch."""
+    own = _name(given)
+    routed, key, value = own.routed, own.key, own.key if own.value is None else own.value
+    if own.x is not None:
+        assert call.first is not None
+        groups = TokenGroups(call.first, call.segments.token_ptr)
+        key, value, routed, _ = hoist_reference.hoist(own.x, groups, own.projections, call.heads)
+    return reference.segment_loop(
+        own.states, routed, key, value, call.segments, own.weights, call.heads, own.cell
     )
-
-
-def _through_the_reference(grads, given, call):  # type: ignore[no-untyped-def]
-    """The same gradients in a form that has gradients itself."""
-    with torch.enable_grad():
-        # Views: what one input makes of another belongs to the caller's graph, not to this one.
-        given = [None if x is None else x.view_as(x) for x in given]
-        own = _name(given)
-        routed, key, value = own.routed, own.key, own.key if own.value is None else own.value
-        if own.x is not None:
-            groups = TokenGroups(call.first, call.segments.token_ptr)
-            key, value, routed, _ = hoist_reference.hoist(
-                own.x, groups, own.projections, call.heads
-            )
-        results = reference.segment_loop(
-            own.states, routed, key, value, call.segments, own.weights, call.heads, own.cell
-        )
-        asked = [(x, grad) for x, grad in zip(results, grads, strict=True) if grad is not None]
-        wanted = [x for x in given if x is not None and x.requires_grad]
-        outputs, directions = zip(*asked, strict=True)
-        found = torch.autograd.grad(
-            outputs, wanted, directions, create_graph=True, allow_unused=True
-        )
-    rest = iter(found)
-    return [next(rest) if x is not None and x.requires_grad else None for x in given]
 
 
 # One call ##########################################################################
