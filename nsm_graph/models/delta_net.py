@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from nsm_graph.models.baselines import Baseline, RecurrentState
-from nsm_graph.nn.scan_heads import unit
 from nsm_graph.nn.token_convolution import TokenConvolution
 from nsm_graph.ops.delta_scan import DeltaSteps, delta_scan
+from nsm_graph.ops.delta_scan.tokens import unit
 from nsm_graph.partition import Partition
 
 

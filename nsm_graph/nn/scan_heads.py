@@ -8,31 +8,8 @@ from torch_geometric.nn.dense.linear import Linear
 
 from nsm_graph.nn.slot_rows import reset_slot_rows
 from nsm_graph.ops.delta_scan import DeltaSteps
+from nsm_graph.ops.delta_scan.tokens import STRETCH, hard_gate, unit
 from nsm_graph.ops.segment import widen
-
-#: How far a gate overshoots the interval [0, 1] before it is cut off there.
-STRETCH = 0.5
-
-
-def hard_gate(logits: Tensor, stretch: float | Tensor = STRETCH) -> Tensor:
-    r"""Closes and opens exactly, if stretched: :math:`\mathrm{clamp}((1+2a) \sigma(z) - a, 0, 1)`.
-
-    A million tokens that each leak a thousandth leave nothing; a gate at exactly 0 leaks nothing.
-    """
-    gate = logits.sigmoid()
-    # In this form half open is 0.5 whatever the precision of the stretch.
-    return (gate + stretch * (2 * gate - 1)).clamp(0, 1)
-
-
-def unit(x: Tensor) -> Tensor:
-    """Rows of norm 1; a row of norm zero stays zero, and its gradient is zero, too."""
-    # Brought to size one first, by a factor that the result does not depend on: the square of a
-    # short row would be no number that the precision holds.
-    size = x.detach().abs().amax(-1, keepdim=True)
-    is_zero = size < torch.finfo(x.dtype).tiny
-    x = x / size.masked_fill(is_zero, 1.0)
-    square = x.square().sum(-1, keepdim=True).masked_fill(is_zero, 1.0)
-    return (x * square.rsqrt()).masked_fill(is_zero, 0.0)
 
 
 class TransitionHeads(nn.Module):
@@ -53,7 +30,8 @@ class TransitionHeads(nn.Module):
         reflections: R, reflections of each token.
         decay: Whether tokens decay the states (:math:`\alpha`).
         write: Whether tokens write through routing weights (:math:`\gamma w v`).
-        stretch: Of the gates, see :func:`hard_gate`. (default: :obj:`0.5`)
+        stretch: Of the gates, see :func:`~nsm_graph.ops.delta_scan.tokens.hard_gate`.
+            (default: :obj:`0.5`)
     """
 
     stretch: Tensor
@@ -125,7 +103,8 @@ class MemoryHeads(nn.Module):
         heads: Number of these heads.
         head_channels: Size D of a head.
         num_states: Number of slots.
-        stretch: Of the gates, see :func:`hard_gate`. (default: :obj:`0.5`)
+        stretch: Of the gates, see :func:`~nsm_graph.ops.delta_scan.tokens.hard_gate`.
+            (default: :obj:`0.5`)
     """
 
     stretch: Tensor

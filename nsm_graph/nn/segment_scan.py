@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch_geometric.nn.dense.linear import Linear
 
 from nsm_graph.nn.checks import check_choice, check_features, check_slots
-from nsm_graph.nn.scan_heads import STRETCH, MemoryHeads, TransitionHeads
+from nsm_graph.nn.scan_heads import MemoryHeads, TransitionHeads
 from nsm_graph.nn.scan_layer import PreparedLayer, ScanLayer, SegmentTokens
 from nsm_graph.nn.token_convolution import TokenConvolution
 from nsm_graph.ops.delta_scan import BACKENDS
+from nsm_graph.ops.delta_scan.tokens import STRETCH
 from nsm_graph.ops.segment import widen
 from nsm_graph.partition import Partition
 from nsm_graph.relation import Relation

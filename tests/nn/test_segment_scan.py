@@ -13,9 +13,9 @@ from torch._dynamo.testing import CompileCounter
 from nsm_graph import Partition, Relation
 from nsm_graph.memory import StateManager
 from nsm_graph.nn import SegmentScan
-from nsm_graph.nn.scan_heads import hard_gate, unit
 from nsm_graph.nn.token_convolution import TokenConvolution
 from nsm_graph.ops.delta_scan import delta_scan
+from nsm_graph.ops.delta_scan.tokens import hard_gate, unit
 from nsm_graph.testing import assert_close_to_norm
 
 TOKEN_CHANNELS, WIDTH, SLOTS = 3, 2, 4

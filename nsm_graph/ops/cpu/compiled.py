@@ -29,6 +29,9 @@ BORROWING: dict[str, Any] = {**OPTIONS, "_nrt": False}
 #: For the parts of such kernels: nobody calls them from outside, and compiling is shorter.
 INNER: dict[str, Any] = {**BORROWING, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 
+#: For what is called token by token: arrays are passed number by number, which would take longer.
+INLINE: dict[str, Any] = {**INNER, "forceinline": True}
+
 #: Loading from disk takes less; whoever waits longer waits for the compiler.
 PATIENCE = 2.0
 

@@ -185,7 +185,10 @@ def _project_backward(grad, grad_bias, d_x, d_rows, x, turned):  # type: ignore[
 def hoist_block_backward(  # type: ignore[no-untyped-def]
     w, t, s, grads, first, ptr, group, end, d_key, d_value, d_routed, d_x, heads, num_states
 ):
-    """Gradients of the tokens of a block that was routed just before; adds to ``grads``."""
+    """Gradients of the tokens of a block that was routed just before; adds to ``grads``.
+
+    Adds to ``s.d_weights`` as well, which may hold what others made of the weights, or zeros.
+    """
     zero = s.x.dtype.type(0)
     share = s.x.dtype.type(1) / s.x.dtype.type(heads)
     start, count = ptr[group], ptr[end] - ptr[group]
@@ -202,7 +205,7 @@ def hoist_block_backward(  # type: ignore[no-untyped-def]
     for g in range(group, end):
         tokens = slice(ptr[g] - start, ptr[g + 1] - start)
         own = d_sums[(g - group) * num_states : (g - group + 1) * num_states]
-        multiply(s.d_weights[:, tokens], own, s.x_turned[:, tokens])
+        add_product(s.d_weights[:, tokens], own, s.x_turned[:, tokens])
         add_product(dx[tokens], s.weights[:, tokens].T, own)
     for head in range(heads):
         block = slice(head * num_states, (head + 1) * num_states)
@@ -249,6 +252,7 @@ def backward_kernel(
     while group < last:
         end = _end_of_block(ptr, group, last, room)
         route(w, s, x, first, ptr, group, end, heads, num_states)
+        s.d_weights[:] = s.d_weights.dtype.type(0)
         hoist_block_backward(
             w, t, s, grads, first, ptr, group, end, d_key[ptr[group] :], d_value[ptr[group] :],
             d_routed[group * num_states :], d_x, heads, num_states,
