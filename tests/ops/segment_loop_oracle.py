@@ -4,7 +4,7 @@ A case is a batch with the weights of a cell; nothing here is taken from the lib
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -35,6 +35,7 @@ class Case:
     counts: list
     num_states: int
     heads: int
+    talk_heads: int | None = None  # of communication; None for as many
 
     @property
     def segments(self):
@@ -59,7 +60,7 @@ class Case:
             changes.setdefault("value", changes["key"])
         rows = {name: changes.get(name, x) for name, x in self.rows.items()}
         weights = {name: changes.get(name, x) for name, x in self.weights._asdict().items()}
-        return Case(rows, LoopWeights(**weights), self.counts, self.num_states, self.heads)
+        return replace(self, rows=rows, weights=LoopWeights(**weights))
 
     def to(self, dtype):
         return self.but(**{n: x.detach().to(dtype).requires_grad_() for n, x in self.given.items()})
@@ -72,7 +73,7 @@ class Case:
 
     def run(self, **options):
         """The states after every step, and after the last one of each example; its last cell."""
-        options = {"backend": "cpu"} | options
+        options = {"backend": "cpu", "talk_heads": self.talk_heads} | options
         return segment_loop(
             **self.rows, segments=self.segments, weights=self.weights, heads=self.heads, **options
         )
@@ -80,9 +81,12 @@ class Case:
 
 def make_case(
     num_states=5, channels=6, heads=2, *, counts=RAGGED, talks=True, is_shared=True, idle=1,
-    dtype=torch.float64, seed=0, is_lstm=False,
+    dtype=torch.float64, seed=0, is_lstm=False, kept=0, talk_heads=None,
 ):  # fmt: skip
-    """A case drawn from the seed, with parameters of the sizes that layers start with."""
+    """A case drawn from the seed, with parameters of the sizes that layers start with.
+
+    The first ``kept`` of the channels are written by no step.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
@@ -93,6 +97,7 @@ def make_case(
         for shape in ((width_out, width_in), (width_out,)):
             yield (2 * torch.rand(shape, generator=generator, dtype=torch.float64) - 1) * bound
 
+    gated = channels - kept
     num_groups, num_tokens = sum(map(len, counts)), sum(map(sum, counts))
     rows = {
         "states": normal((len(counts) + idle) * num_states, channels),
@@ -102,16 +107,16 @@ def make_case(
     rows["value"] = rows["key"] if is_shared else normal(num_tokens, channels)
     weights = [*linear(channels, channels), *linear(channels, channels)]
     if is_lstm:
-        rows["cell"] = normal(*rows["states"].shape)
-        weights += [*linear(2 * channels, 4 * channels), None, None]
+        rows["cell"] = normal(len(rows["states"]), gated)
+        weights += [*linear(2 * channels, 4 * gated), None, None]
     else:
-        weights += [*linear(2 * channels, 2 * channels), *linear(2 * channels, channels)]
+        weights += [*linear(2 * channels, 2 * gated), *linear(2 * channels, gated)]
     talk = [
-        *linear(channels, 3 * channels), *linear(channels, channels),
-        1 + 0.3 * normal(channels), 0.3 * normal(channels),
+        *linear(gated, 3 * gated), *linear(gated, gated),
+        1 + 0.3 * normal(gated), 0.3 * normal(gated),
     ]  # fmt: skip
     weights = LoopWeights(*weights, *(talk if talks else [None] * 6))
-    return Case(rows, weights, counts, num_states, heads).to(dtype)
+    return Case(rows, weights, counts, num_states, heads, talk_heads).to(dtype)
 
 
 # The oracle ########################################################################
@@ -131,30 +136,33 @@ def sigmoid(x):
     return 1 / (1 + (-x).exp())
 
 
-def read_segment(w, s, routed, key, value, heads, cell):
+def read_segment(w, s, routed, key, value, heads, talk_heads, cell):
     """The new states of one example, and its new cell."""
     update = routed + attend(s @ w.query.T + w.query_bias, key, value, heads) @ w.out.T + w.out_bias
-    gates = torch.cat([s, update], 1) @ w.gates.T + w.gates_bias
+    gated = w.gates.size(0) // (2 if cell is None else 4)
+    kept, s = s[:, :-gated], s[:, -gated:]
+    gates = torch.cat([s, update, kept], 1) @ w.gates.T + w.gates_bias
     if cell is None:
         reset, mix = sigmoid(gates).chunk(2, 1)
-        candidate = torch.cat([reset * s, update], 1) @ w.candidate.T + w.candidate_bias
+        candidate = torch.cat([reset * s, update, kept], 1) @ w.candidate.T + w.candidate_bias
         s = (1 - mix) * s + mix * candidate.tanh()
     else:
         i, f, o, g = gates.chunk(4, 1)
         cell = sigmoid(f) * cell + sigmoid(i) * g.tanh()
         s = sigmoid(o) * cell.tanh()
     if w.qkv is None:
-        return s, cell
+        return torch.cat([kept, s], 1), cell
     q, k, v = (s @ w.qkv.T + w.qkv_bias).chunk(3, 1)
-    s = s + attend(q, k, v, heads) @ w.mix.T + w.mix_bias
+    s = s + attend(q, k, v, talk_heads) @ w.mix.T + w.mix_bias
     centred = s - s.mean(1, keepdim=True)
     s = centred / (centred.square().mean(1, keepdim=True) + 1e-5).sqrt() * w.scale + w.shift
-    return s, cell
+    return torch.cat([kept, s], 1), cell
 
 
 def oracle(case):
     """The states after every step, from those of each example alone, and the last ones of each."""
     ptr, num_states = case.segments.token_ptr.tolist(), case.num_states
+    talk_heads = case.heads if case.talk_heads is None else case.talk_heads
     after, group = {}, 0
     final = list(case.rows["states"].split(num_states))
     is_lstm = "cell" in case.rows
@@ -167,7 +175,7 @@ def oracle(case):
             tokens = slice(ptr[group], ptr[group + 1])
             final[b], cells[b] = read_segment(
                 case.weights, final[b], case.rows["routed"][mine], case.rows["key"][tokens],
-                case.rows["value"][tokens], case.heads, cells[b],
+                case.rows["value"][tokens], case.heads, talk_heads, cells[b],
             )  # fmt: skip
             after[b, t] = final[b]
             group += 1

@@ -15,13 +15,13 @@ MARK = 123.0
 
 
 @numba.njit
-def keep(kept, place, made, rows, tokens, num_states, heads):
-    history.keep(kept, place, made, rows, tokens, num_states, heads)
+def keep(kept, place, made, rows, tokens, num_states, heads, talk_heads):
+    history.keep(kept, place, made, rows, tokens, num_states, heads, talk_heads)
 
 
 @numba.njit
-def recall(made, kept, place, before, rows, tokens, num_states, heads):
-    history.recall(made, kept, place, before, rows, tokens, num_states, heads)
+def recall(made, kept, place, before, rows, tokens, num_states, heads, talk_heads):
+    history.recall(made, kept, place, before, rows, tokens, num_states, heads, talk_heads)
 
 
 # Where steps stand #################################################################
@@ -65,8 +65,9 @@ def test_every_step_begins_at_a_cache_line(
                 for t, place in enumerate(row):
                     read = [c[t] for c in counts[first:end] if t < len(c)]
                     size = history.record_size(
-                        len(read) * num_states, sum(read), channels, num_states, heads, talks
-                    )
+                        len(read) * num_states, sum(read), channels, channels, num_states, heads,
+                        heads * talks,
+                    )  # fmt: skip
                     assert (size == 0) == (not read) and size % 16 == 0
                     found.append((int(place), size))
         # One after another, without a gap.
@@ -81,15 +82,15 @@ def test_every_step_begins_at_a_cache_line(
 # There and back ####################################################################
 
 
-def make_made(rows, tokens, channels, num_states, heads, talks, dtype, room):
+def make_made(rows, tokens, channels, gated, num_states, heads, talk_heads, dtype, room):
     """What a step of so many rows makes, with room for more; the rest is NaN."""
     random = np.random.default_rng(0)
-    talk_rows = rows if talks else 0
+    talk_rows = rows if talk_heads > 0 else 0
     sizes = Made(
-        x=(rows, 4 * channels + 5), query=(rows, channels), attended=(rows, channels),
-        weights=(tokens * heads * num_states,), gates=(rows, 3 * channels),
-        qkv=(talk_rows, 3 * channels), talk=(talk_rows * heads * num_states,),
-        mixed=(talk_rows, channels), normal=(talk_rows, channels), inverse=(talk_rows,),
+        x=(rows, 2 * channels + 2 * gated + 5), query=(rows, channels), attended=(rows, channels),
+        weights=(tokens * heads * num_states,), gates=(rows, 3 * gated),
+        qkv=(talk_rows, 3 * gated), talk=(talk_rows * talk_heads * num_states,),
+        mixed=(talk_rows, gated), normal=(talk_rows, gated), inverse=(talk_rows,),
     )  # fmt: skip
     parts = []
     for size in sizes:
@@ -99,13 +100,14 @@ def make_made(rows, tokens, channels, num_states, heads, talks, dtype, room):
         parts.append(part)
     made = Made(*parts)
     old, reset, mix, candidate = (
-        made.x[:rows, :channels], made.gates[:rows, :channels],
-        made.gates[:rows, channels : 2 * channels], made.gates[:rows, 2 * channels :],
+        made.x[:rows, :gated], made.gates[:rows, :gated],
+        made.gates[:rows, gated : 2 * gated], made.gates[:rows, 2 * gated :],
     )  # fmt: skip
     # These two follow from the rest, in the order that the forward computes in.
-    made.x[:rows, 2 * channels : 3 * channels] = reset * old
-    made.x[:rows, 3 * channels : 4 * channels] = old + mix * (candidate - old)
-    made.x[:rows, 4 * channels :] = np.nan
+    after = 2 * channels + gated
+    made.x[:rows, 2 * channels : after] = reset * old
+    made.x[:rows, after : after + gated] = old + mix * (candidate - old)
+    made.x[:rows, after + gated :] = np.nan
     return made
 
 
@@ -115,30 +117,34 @@ def make_made(rows, tokens, channels, num_states, heads, talks, dtype, room):
     num_states=st.integers(1, 9),
     width=st.integers(1, 17),
     heads=st.integers(1, 3),
-    talks=st.booleans(),
+    kept_channels=st.integers(0, 17),
+    talk_heads=st.integers(0, 3),
     dtype=st.sampled_from([np.float32, np.float64]),
     before=st.integers(0, 3),
     room=st.sampled_from([0, 5]),
 )
 def test_what_is_kept_comes_back_and_nothing_else_is_written(
-    examples, tokens, num_states, width, heads, talks, dtype, before, room
+    examples, tokens, num_states, width, heads, kept_channels, talk_heads, dtype, before, room
 ):
     channels, rows, tokens = width * heads, examples * num_states, examples * tokens
-    sizes = (channels, num_states, heads, talks)
+    gated = max(1, channels - kept_channels)
+    sizes = (channels, gated, num_states, heads, talk_heads)
     made = make_made(rows, tokens, *sizes, dtype, room)
     size, place = history.record_size(rows, tokens, *sizes), 16 * before
     kept = torch.full((place + size + 40,), MARK, dtype=getattr(torch, np.dtype(dtype).name))
     kept = kept.numpy()  # begun at a cache line
-    keep(kept, place, made, rows, tokens, num_states, heads)
+    keep(kept, place, made, rows, tokens, num_states, heads, talk_heads)
     assert (kept[:place] == MARK).all() and (kept[place + size :] == MARK).all()
     assert not np.isnan(kept).any()
 
     found = Made(*(np.full_like(part, np.nan) for part in made))
-    states = made.x[:rows, :channels].copy()
-    recall(found, kept, place, states, rows, tokens, num_states, heads)
+    # From outside, gated channels come last.
+    states = np.roll(made.x[:rows, :channels], channels - gated, axis=1)
+    recall(found, kept, place, states, rows, tokens, num_states, heads, talk_heads)
     for name, part, wanted in zip(Made._fields, found, made, strict=True):
         if name == "x":  # contraction may round the last column otherwise
-            part, wanted = part[:, : 4 * channels], wanted[:, : 4 * channels]
+            columns = 2 * channels + 2 * gated
+            part, wanted = part[:, :columns], wanted[:, :columns]
             tolerance = 32 * np.finfo(dtype).eps
             np.testing.assert_allclose(part, wanted, rtol=tolerance, atol=tolerance)
             part, wanted = part[:, : 2 * channels], wanted[:, : 2 * channels]

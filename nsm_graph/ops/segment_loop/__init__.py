@@ -27,6 +27,7 @@ def segment_loop(
     weights: LoopWeights,
     heads: int,
     *,
+    talk_heads: int | None = None,
     cell: Tensor | None = None,
     keep: bool = True,
     backend: str | None = None,
@@ -46,6 +47,16 @@ def segment_loop(
         (i, f, o) = \sigma(W_g [s, u] + b_g), \quad g = \tanh(W_g [s, u] + b_g), \quad
         c \leftarrow f c + i g, \quad s \leftarrow o \tanh c
 
+    Where the gates' weights are made for fewer channels than states have, G of C, the first
+    K = C - G channels of a state, k, are *kept*: attention's query reads all channels, gates and
+    candidate read k beside the others, and no step writes them. Above, s is then (k, s) in the
+    query, s elsewhere, and the input of the gates is followed by k:
+
+    .. math::
+        u = r_t + W_o\,\mathrm{attend}(W_q [k, s], K_t, V_t) + b_o, \quad
+        (\rho, z) = \sigma(W_g [s, u, k] + b_g), \quad
+        c = \tanh(W_c [\rho s, u, k] + b_c)
+
     Args:
         states: The states before the first step.
         routed: Routed sums after their projection, r, group by group.
@@ -53,7 +64,8 @@ def segment_loop(
         value: Their values; may be the very tensor ``key``.
         segments: The steps.
         weights: The cell's.
-        heads: H.
+        heads: H, of attention.
+        talk_heads: Heads of communication; ``None`` for as many. (default: :obj:`None`)
         cell: The LSTM's cell before the first step; ``None`` for a GRU. (default: :obj:`None`)
         keep: Keep what every step makes for backward; otherwise backward makes it again, step by
             step: a fraction of the memory, a little more time. (default: :obj:`True`)
@@ -61,22 +73,27 @@ def segment_loop(
             float32 on a CPU. (default: :obj:`None`)
 
     Shapes:
-        - **input:** states and cell :math:`(BN, C)`, routed :math:`(GN, C)`, key and value
-          :math:`(T, C)`
-        - **output:** states after every step, :math:`(GN, C)`, in the order of ``routed``, and
+        - **input:** for S groups, states :math:`(BN, C)`, cell :math:`(BN, G)`, routed
+          :math:`(SN, C)`, key and value :math:`(T, C)`
+        - **output:** states after every step, :math:`(SN, C)`, in the order of ``routed``, and
           after the last step of each example, :math:`(BN, C)`; of an LSTM also the cell after
-          that, :math:`(BN, C)`
+          that, :math:`(BN, G)`
 
     Raises:
         ValueError: If shapes or types disagree, or the backend does not know what it is given.
     """
     backend = _choose(backend, states)
-    _check(states, routed, key, value, segments, weights, heads, cell)
+    talk_heads = heads if talk_heads is None else talk_heads
+    _check(states, routed, key, value, segments, weights, heads, talk_heads, cell)
     if backend == "reference" or routed.numel() == 0:
-        return reference.segment_loop(states, routed, key, value, segments, weights, heads, cell)
+        return reference.segment_loop(
+            states, routed, key, value, segments, weights, heads, talk_heads, cell
+        )
     from nsm_graph.ops.segment_loop import fused
 
-    return fused.segment_loop(states, routed, key, value, segments, weights, heads, keep, cell)
+    return fused.segment_loop(
+        states, routed, key, value, segments, weights, heads, talk_heads, keep, cell
+    )
 
 
 def token_loop(
@@ -88,6 +105,7 @@ def token_loop(
     weights: LoopWeights,
     heads: int,
     *,
+    talk_heads: int | None = None,
     cell: Tensor | None = None,
     keep: bool = True,
     backend: str | None = None,
@@ -102,15 +120,16 @@ def token_loop(
         segments: The steps.
         weights: The cell's.
         heads: H, of router and attention.
+        talk_heads: Heads of communication; ``None`` for as many. (default: :obj:`None`)
         cell: See :func:`segment_loop`.
         keep: The same.
         backend: The same.
 
     Shapes:
-        - **input:** states :math:`(BN, C)`, x :math:`(T, C_t)`, first :math:`(G,)`
-        - **output:** states after every step :math:`(GN, C)` and after the last of each example
+        - **input:** for S groups, states :math:`(BN, C)`, x :math:`(T, C_t)`, first :math:`(S,)`
+        - **output:** states after every step :math:`(SN, C)` and after the last of each example
           :math:`(BN, C)`; how much routing weight each state received of each group,
-          :math:`(GN,)`, constants to autograd; of an LSTM also the last cell, :math:`(BN, C)`
+          :math:`(SN,)`, constants to autograd; of an LSTM also the last cell, :math:`(BN, G)`
 
     Raises:
         ValueError: If shapes or types disagree, or the backend does not know what it is given.
@@ -121,19 +140,22 @@ def token_loop(
     num_states = projections.logits.size(0) // heads
     rows = x.new_empty(1, 1).expand(first.numel() * num_states, states.size(-1))
     tokens = x.new_empty(1, 1).expand(int(segments.token_ptr[-1]), projections.key.size(0))
-    _check(states, rows, tokens, tokens, segments, weights, heads, cell)
+    talk_heads = heads if talk_heads is None else talk_heads
+    _check(states, rows, tokens, tokens, segments, weights, heads, talk_heads, cell)
     if backend == "reference" or first.numel() == 0:
         key, value, routed, routing = hoist(x, groups, projections, heads, backend="reference")
         lengths = segments.token_ptr.diff().repeat_interleave(num_states).to(x.device)
         rows = torch.arange(lengths.numel(), device=x.device).repeat_interleave(lengths)
         mass = routing.new_zeros(lengths.numel()).index_add(0, rows, routing)
         after, final, *final_cell = reference.segment_loop(
-            states, routed, key, value, segments, weights, heads, cell
+            states, routed, key, value, segments, weights, heads, talk_heads, cell
         )
         return after, final, mass, *final_cell
     from nsm_graph.ops.segment_loop import fused
 
-    return fused.token_loop(states, x, first, projections, segments, weights, heads, keep, cell)
+    return fused.token_loop(
+        states, x, first, projections, segments, weights, heads, talk_heads, keep, cell
+    )
 
 
 def _choose(backend: str | None, states: Tensor) -> str:
@@ -166,6 +188,7 @@ def _check(
     segments: LoopSegments,
     weights: LoopWeights,
     heads: int,
+    talk_heads: int,
     cell: Tensor | None,
 ) -> None:
     """Raises unless everything fits."""
@@ -181,15 +204,23 @@ def _check(
                 f"{name} is {rows.dtype} on {rows.device}, but states are {states.dtype} on "
                 f"{states.device}"
             )
+    gated = _check_gates(weights, channels, cell)
+    cell_size = (states.size(0), gated)
     if cell is not None and (cell.shape, cell.dtype, cell.device) != (
-        states.shape, states.dtype, states.device,
+        cell_size, states.dtype, states.device,
     ):  # fmt: skip
         raise ValueError(
-            f"cell must be like states, {tuple(states.shape)} in {states.dtype} on "
-            f"{states.device}, but is {tuple(cell.shape)} in {cell.dtype} on {cell.device}"
+            f"cell must be like states, {cell_size} in {states.dtype} on {states.device}, where "
+            f"weights.gates write {gated} channels, but is {tuple(cell.shape)} in {cell.dtype} on "
+            f"{cell.device}"
         )
     if heads < 1 or channels % heads != 0:
         raise ValueError(f"heads={heads} must divide the {channels} channels of states")
+    if weights.qkv is not None and (talk_heads < 1 or gated % talk_heads != 0):
+        raise ValueError(
+            f"talk_heads={talk_heads} (heads, unless given) must divide the {gated} channels that "
+            f"weights.gates write"
+        )
     if int(segments.num_active.sum()) != num_groups:
         raise ValueError(
             f"num_active adds up to {int(segments.num_active.sum())} groups, but token_ptr has "
@@ -219,12 +250,14 @@ def _check(
     num_gates = 2 if cell is None else 4
     sizes = {
         "query": (channels, channels), "query_bias": (channels,), "out": (channels, channels),
-        "out_bias": (channels,), "gates": (num_gates * channels, 2 * channels),
-        "gates_bias": (num_gates * channels,), "candidate": (channels, 2 * channels),
-        "candidate_bias": (channels,), "qkv": (3 * channels, channels),
-        "qkv_bias": (3 * channels,), "mix": (channels, channels), "mix_bias": (channels,),
-        "scale": (channels,), "shift": (channels,),
+        "out_bias": (channels,), "gates": (num_gates * gated, 2 * channels),
+        "gates_bias": (num_gates * gated,), "candidate": (gated, 2 * channels),
+        "candidate_bias": (gated,), "qkv": (3 * gated, gated), "qkv_bias": (3 * gated,),
+        "mix": (gated, gated), "mix_bias": (gated,), "scale": (gated,), "shift": (gated,),
     }  # fmt: skip
+    where = "" if gated == channels else (
+        f", where weights.gates write {gated} of {channels} channels"
+    )  # fmt: skip
     optional: set[str] = set()
     if cell is not None:
         optional.update(LoopWeights._fields[6:8])
@@ -238,6 +271,21 @@ def _check(
                 raise ValueError(f"weights.{name} is missing")
         elif (tensor.shape, tensor.dtype, tensor.device) != (size, states.dtype, states.device):
             raise ValueError(
-                f"weights.{name} must have shape {size} in {states.dtype} on {states.device}, but "
-                f"has {tuple(tensor.shape)} in {tensor.dtype} on {tensor.device}"
+                f"weights.{name} must have shape {size} in {states.dtype} on {states.device}"
+                f"{where}, but has {tuple(tensor.shape)} in {tensor.dtype} on {tensor.device}"
             )
+
+
+def _check_gates(weights: LoopWeights, channels: int, cell: Tensor | None) -> int:
+    """How many channels the gates write; raises where their rows cannot be for so many."""
+    gates, num_gates = weights.gates, 2 if cell is None else 4
+    if gates is None:
+        raise ValueError("weights.gates is missing")
+    gated, rest = divmod(gates.size(0), num_gates) if gates.dim() == 2 else (0, 0)
+    if rest > 0 or not 1 <= gated <= channels:
+        raise ValueError(
+            f"weights.gates must have shape {(num_gates * channels, 2 * channels)} in "
+            f"{gates.dtype} on {gates.device}, or {num_gates} rows for each channel that it is to "
+            f"write, but has {tuple(gates.shape)} in {gates.dtype} on {gates.device}"
+        )
+    return gated

@@ -43,13 +43,14 @@ def segment_loop(
     segments: LoopSegments,
     weights: LoopWeights,
     heads: int,
+    talk_heads: int,
     keep: bool,
     cell: Tensor | None,
 ) -> tuple[Tensor, ...]:
-    """States after every step, ``[G N, C]``, after each example's last, and an LSTM's last cell."""
+    """States after every step and after each example's last, and an LSTM's last cell."""
     values = None if key is value else value
     given = [states, cell, routed, key, values, *[None] * 9, *weights]
-    after, final, _, *final_cell = _apply(given, segments, None, heads, keep)
+    after, final, _, *final_cell = _apply(given, segments, None, heads, talk_heads, keep)
     return after, final, *final_cell
 
 
@@ -61,12 +62,13 @@ def token_loop(
     segments: LoopSegments,
     weights: LoopWeights,
     heads: int,
+    talk_heads: int,
     keep: bool,
     cell: Tensor | None,
 ) -> tuple[Tensor, ...]:
     """The same of tokens; third is the routing weight that each state received of each group."""
     given = [states, cell, None, None, None, x, *projections, *weights]
-    return _apply(given, segments, first, heads, keep)
+    return _apply(given, segments, first, heads, talk_heads, keep)
 
 
 def _apply(
@@ -74,10 +76,12 @@ def _apply(
     segments: LoopSegments,
     first: Tensor | None,
     heads: int,
+    talk_heads: int,
     keep: bool,
 ) -> tuple[Tensor, ...]:
     has_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
-    results = _Loop.apply(_Call(segments, first, heads, keep and has_grad, has_grad), *given)
+    call = _Call(segments, first, heads, talk_heads, keep and has_grad, has_grad)
+    results = _Loop.apply(call, *given)
     return tuple(x for x in results if x is not None)
 
 
@@ -87,6 +91,7 @@ class _Call(NamedTuple):
     segments: LoopSegments
     first: Tensor | None  #: where the tokens of each group begin, if the loop is given tokens
     heads: int
+    talk_heads: int  #: of communication
     is_kept: bool
     has_grad: bool
 
@@ -142,8 +147,9 @@ def _reference(call: _Call, *given: Tensor | None) -> tuple[Tensor, ...]:
         groups = TokenGroups(call.first, call.segments.token_ptr)
         key, value, routed, _ = hoist_reference.hoist(own.x, groups, own.projections, call.heads)
     return reference.segment_loop(
-        own.states, routed, key, value, call.segments, own.weights, call.heads, own.cell
-    )
+        own.states, routed, key, value, call.segments, own.weights, call.heads, call.talk_heads,
+        own.cell,
+    )  # fmt: skip
 
 
 # One call ##########################################################################
@@ -161,6 +167,7 @@ class _Run:
         ptr, num_active = (x.numpy() for x in call.segments)
         self.segments = cpu.Segments(ptr, np.cumsum(num_active) - num_active, num_active)
         self.has_tokens, self.has_talk = given.x is not None, given.weights.qkv is not None
+        self.gated, self.talk_heads = given.weights.gated, call.talk_heads if self.has_talk else 0
         self.num_groups, self.num_tokens = len(ptr) - 1, int(ptr[-1])
         self.projections = Projections(given.projections) if self.has_tokens else None
         if given.x is not None:
@@ -181,7 +188,7 @@ class _Run:
             self.num_states = len(routed) // self.num_groups
             self.rows = cpu.Rows(key, value, routed)
             self.x = self._empty(0, 0)
-        self.turned = turn(given.weights, self.heads)
+        self.turned = turn(given.weights, self.heads, self.talk_heads)
         self.weights = cpu.Weights(*map(arrays.place, self.turned))
         self.chunks = self._share()
         self.most_examples = max(int((part[:, 1] - part[:, 0]).max()) for part in self.chunks)
@@ -190,7 +197,7 @@ class _Run:
         # Behind what steps made: the cells that they found. Without a gradient nobody reads them.
         has_cells = call.has_grad and self.cell is not None
         rows = self.num_groups * self.num_states
-        self.cells_size = rows * self.states.shape[1] if has_cells else 0
+        self.cells_size = rows * self.gated if has_cells else 0
         self.kept: np.ndarray | None = None
 
     def _empty(self, *shape: int) -> np.ndarray:
@@ -208,7 +215,8 @@ class _Run:
         channels = self.states.shape[1]
         num_examples = int(self.segments.num_active[0])
         num_threads = min(torch.get_num_threads(), num_examples)
-        room = STEP_BYTES // (14 * channels * self.num_states * self.dtype.itemsize)
+        numbers = (4 * channels + 10 * self.gated) * self.num_states
+        room = STEP_BYTES // (numbers * self.dtype.itemsize)
         size = max(1, min(room, MOST_EXAMPLES, num_examples // num_threads))
         first = np.arange(0, num_examples, size)
         ranges = np.stack([first, np.minimum(first + size, num_examples)], axis=1)
@@ -224,8 +232,8 @@ class _Run:
         group = np.minimum(first + start, len(ptr) - 1)
         tokens = ptr[np.minimum(group + counts, len(ptr) - 1)] - ptr[group]
         sizes = cpu.record_size(
-            counts * self.num_states, tokens, self.states.shape[1], self.num_states, self.heads,
-            self.has_talk, self.num_gates,
+            counts * self.num_states, tokens, self.states.shape[1], self.gated, self.num_states,
+            self.heads, self.talk_heads, self.num_gates,
         )  # fmt: skip
         ends = sizes.cumsum().reshape(sizes.shape)
         cuts = np.cumsum([len(part) for part in self.chunks])[:-1]
@@ -251,7 +259,7 @@ class _Run:
                 self.states, self._cells(kept, final_cell.numpy()), self.rows, tokens,
                 self.segments, self.weights, self._made(), self._scratch(),
                 kept[: self.kept_size], places, after.numpy(), final.numpy(), self.heads,
-                self.num_states, chunks,
+                self.talk_heads, self.num_states, chunks,
             )
             for chunks, places in zip(self.chunks, self.places, strict=True)
         ]  # fmt: skip
@@ -292,7 +300,7 @@ class _Run:
                 self.segments, self.weights, turned, self._made(), self._scratch(),
                 kept[: self.kept_size], places, after.numpy(),
                 cpu.Weights(*(x.numpy() for x in part)), d_states, d_cells, d_rows, own,
-                self.heads, self.num_states, chunks, self.is_shared,
+                self.heads, self.talk_heads, self.num_states, chunks, self.is_shared,
             )
             for part, own, chunks, places in zip(
                 grads, token_grads, self.chunks, self.places, strict=True
@@ -301,7 +309,7 @@ class _Run:
         run_all(cpu.backward_kernel, calls)
         self._give_back(kept)
         total = [sum(parts[1:], parts[0]) for parts in zip(*grads, strict=True)]
-        found = turn_back(total, self.heads)
+        found = turn_back(total, self.gated, self.heads, self.talk_heads)
         before = [
             torch.from_numpy(d_states),
             None if self.cell is None else torch.from_numpy(d_cells),
@@ -347,40 +355,41 @@ class _Run:
     def _made(self) -> cpu.Made:
         rows, channels = self.most_examples * self.num_states, self.states.shape[1]
         talk_rows = rows if self.has_talk else 0
-        weight = self.heads * self.num_states
         empty = partial(arrays.empty, self.dtype)
         return cpu.Made(
-            x=empty(rows, arrays.spread(4 * channels)),
+            x=empty(rows, arrays.spread(2 * channels + 2 * self.gated)),
             query=empty(rows, channels),
             attended=empty(rows, channels),
-            weights=empty(self.most_examples * self.longest * weight),
-            gates=empty(rows, self.num_gates * channels),
-            qkv=empty(talk_rows, 3 * channels),
-            talk=empty(talk_rows * weight),
-            mixed=empty(talk_rows, channels),
-            normal=empty(talk_rows, channels),
+            weights=empty(self.most_examples * self.longest * self.heads * self.num_states),
+            gates=empty(rows, self.num_gates * self.gated),
+            qkv=empty(talk_rows, 3 * self.gated),
+            talk=empty(talk_rows * self.talk_heads * self.num_states),
+            mixed=empty(talk_rows, self.gated),
+            normal=empty(talk_rows, self.gated),
             inverse=empty(talk_rows),
         )
 
     def _scratch(self) -> cpu.Scratch:
         rows, channels = self.most_examples * self.num_states, self.states.shape[1]
+        cell_rows = rows if self.cell is not None else 0
+        talk_width = self.gated // self.talk_heads if self.has_talk else 0
         empty = partial(arrays.empty, self.dtype)
         return cpu.Scratch(
-            turned=empty(channels // self.heads, self.num_states),
+            turned=empty(max(channels // self.heads, talk_width), self.num_states),
             slopes=empty(max(self.longest, self.num_states) * self.num_states),
             rows=self._step_rows(),
             d_rows=self._step_rows(),
             hoist=self._hoist_scratch(),
             after=empty(rows, channels),
-            cell=empty(rows if self.cell is not None else 0, channels),
+            cell=empty(cell_rows, self.gated),
             d_state=empty(rows, channels),
-            d_cell=empty(rows if self.cell is not None else 0, channels),
-            d_mixed=empty(rows, channels),
+            d_cell=empty(cell_rows, self.gated),
+            d_mixed=empty(rows, self.gated),
             d_query=empty(rows, channels),
             d_attended=empty(rows, channels),
-            d_gates=empty(rows, self.num_gates * channels),
-            d_x=empty(rows, 3 * channels),
-            d_qkv=empty(rows, 3 * channels),
+            d_gates=empty(rows, self.num_gates * self.gated),
+            d_x=empty(rows, 2 * channels + self.gated),
+            d_qkv=empty(rows, 3 * self.gated),
         )
 
     def _step_rows(self) -> cpu.Rows:

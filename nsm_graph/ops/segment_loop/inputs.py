@@ -10,24 +10,31 @@ from torch import Tensor
 class LoopWeights(NamedTuple):
     """What the cell has learned; matrices are ``[out, in]``, as in ``torch.nn.Linear``.
 
-    An LSTM has no candidate's: they are None, and `gates` is [4 C, 2 C]: input, forget and output
-    gate and candidate from (state, update). Without communication the last six are None.
+    Of the C channels of a state the first K are kept, and the last G = C - K gated: the rows of
+    `gates` say how many. An LSTM has no candidate's weights: they are None, and `gates` is
+    [4 G, 2 C]: input, forget and output gate and candidate from (gated, update, kept). Without
+    communication the last six are None.
     """
 
-    query: Tensor  #: [C, C]
+    query: Tensor  #: [C, C], from (kept, gated)
     query_bias: Tensor
     out: Tensor  #: [C, C], of attention
     out_bias: Tensor
-    gates: Tensor  #: [2 C, 2 C], reset and update from (state, update)
+    gates: Tensor  #: [2 G, G + C + K = 2 C], reset and update from (gated, update, kept)
     gates_bias: Tensor
-    candidate: Tensor | None  #: [C, 2 C], from (reset * state, update)
+    candidate: Tensor | None  #: [G, 2 C], from (reset * gated, update, kept)
     candidate_bias: Tensor | None
-    qkv: Tensor | None  #: [3 C, C], of communication
+    qkv: Tensor | None  #: [3 G, G], of communication
     qkv_bias: Tensor | None
-    mix: Tensor | None  #: [C, C], its output
+    mix: Tensor | None  #: [G, G], its output
     mix_bias: Tensor | None
-    scale: Tensor | None  #: [C], of its norm
+    scale: Tensor | None  #: [G], of its norm
     shift: Tensor | None
+
+    @property
+    def gated(self) -> int:
+        """G."""
+        return self.gates.size(0) // (4 if self.candidate is None else 2)
 
 
 class LoopSegments(NamedTuple):

@@ -1,6 +1,7 @@
 """The loop over segments in plain torch: the definition, with derivatives of any order.
 
-Legend: B examples of a step, N states, C channels, H heads, D = C / H, L tokens of a group.
+Legend: B examples of a step, N states, C channels, of which the last G are gated and the first
+K = C - G kept, H heads, D = C / H, L tokens of a group.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ def segment_loop(
     segments: LoopSegments,
     w: LoopWeights,
     heads: int,
+    talk_heads: int,
     cell: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """States after every step, ``[G N, C]``, and after each example's last, ``[B N, C]``.
+    """States after every step, ``[groups N, C]``, and after each example's last, ``[B N, C]``.
 
     Of an LSTM also the cell after each example's last step.
     """
@@ -48,18 +50,21 @@ def segment_loop(
         query = F.linear(state, w.query, w.query_bias).unflatten(0, (count, num_states))
         attended = _attend(query, key_BLC, value_BLC, heads, mask_BL)
         update = routed[rows] + F.linear(attended.flatten(0, 1), w.out, w.out_bias)
+        kept, gated = state.split([state.size(1) - w.gated, w.gated], dim=1)
+        update = torch.cat([update, kept], dim=1)
         if cell is None:
-            states = _gru(state, update, w)
+            gated = _gru(gated, update, w)
         else:
             finished_cells.append(cell[count * num_states :])
-            states, cell = _lstm(state, update, cell[: count * num_states], w)
+            gated, cell = _lstm(gated, update, cell[: count * num_states], w)
         if w.qkv is not None:
-            qkv = F.linear(states, w.qkv, w.qkv_bias).unflatten(0, (count, num_states))
+            qkv = F.linear(gated, w.qkv, w.qkv_bias).unflatten(0, (count, num_states))
             query, keys, values = qkv.chunk(3, dim=-1)
-            talk = _attend(query, keys, values, heads, None).flatten(0, 1)
+            talk = _attend(query, keys, values, talk_heads, None).flatten(0, 1)
             assert w.mix is not None
-            states = states + F.linear(talk, w.mix, w.mix_bias)
-            states = F.layer_norm(states, states.shape[1:], w.scale, w.shift)
+            gated = gated + F.linear(talk, w.mix, w.mix_bias)
+            gated = F.layer_norm(gated, gated.shape[1:], w.scale, w.shift)
+        states = torch.cat([kept, gated], dim=1)
         after.append(states)
         group += count
     # Examples finish from the back.

@@ -1,4 +1,8 @@
-"""What the kernels of the segment loop are given, and where they work."""
+"""What the kernels of the segment loop are given, and where they work.
+
+Legend: N states of an example, C channels, the gates write the last G of them and the first C - G
+are kept, H heads, H_t those of communication, D channels of a head.
+"""
 
 from __future__ import annotations
 
@@ -32,8 +36,8 @@ class Weights(NamedTuple):
 class Cells(NamedTuple):
     """An LSTM's cell; empty for a GRU."""
 
-    now: Array  #: [examples N, C], written over by every step: at last a result of the forward
-    found: Array  #: [groups N C], what every step found, for backward; empty where there is none
+    now: Array  #: [examples N, G], written over by every step: at last a result of the forward
+    found: Array  #: [groups N G], what every step found, for backward; empty where there is none
 
 
 class Segments(NamedTuple):
@@ -71,35 +75,42 @@ class TokenGrads(NamedTuple):
 
 
 class Made(NamedTuple):
-    """What a step makes, one row per state: backward reads it. It stays in a thread's cache."""
+    """What a step makes, one row per state: backward reads it. It stays in a thread's cache.
 
-    x: Array  #: [rows, >= 4 C]: state, update, reset * state or an LSTM's tanh(cell), propagated
+    The columns of `x`, where what gates and candidate read are neighbours::
+
+        gated G | kept C - G | update C | reset * gated, or an LSTM's tanh(cell) G | propagated G
+
+    Without communication its parts have no rows; `mixed` still has G columns.
+    """
+
+    x: Array  #: [rows, >= 2 C + 2 G]
     query: Array  #: [rows, C]
     attended: Array  #: [rows, C]
     weights: Array  #: [tokens H N], by group and head [tokens, N]
-    gates: Array  #: [rows, 3 C]: reset, update, candidate; [rows, 4 C]: an LSTM's, see `inputs.py`
-    qkv: Array  #: [rows, 3 C]
-    talk: Array  #: [rows H N], by example and head [N, N]
-    mixed: Array  #: [rows, C]
-    normal: Array  #: [rows, C], normalised
+    gates: Array  #: [rows, 3 G]: reset, update, candidate; [rows, 4 G]: an LSTM's, see `inputs.py`
+    qkv: Array  #: [rows, 3 G]
+    talk: Array  #: [rows H_t N], by example and head [N, N]
+    mixed: Array  #: [rows, G]
+    normal: Array  #: [rows, G], normalised
     inverse: Array  #: [rows], one over the standard deviation
 
 
 class Scratch(NamedTuple):
     """Where a thread works; as many rows as the states of the examples that it takes at a time."""
 
-    turned: Array  #: [D, N], an operand of attention, transposed
+    turned: Array  #: [the largest D, N], an operand of attention, transposed
     slopes: Array  #: [longest segment N], gradients of attention's weights
     rows: Rows  #: a step's, where they are made of tokens
     d_rows: Rows
     hoist: Any  #: hoist.cpu.Scratch
     after: Array  #: [rows, C], a step's result that is made again
-    cell: Array  #: [rows, C], an LSTM's, made again
-    d_state: Array  #: [rows, C]; gradients, by the names of `Made`
-    d_cell: Array  #: [rows, C]
-    d_mixed: Array  #: [rows, C]
+    cell: Array  #: [rows, G], an LSTM's, made again
+    d_state: Array  #: [rows, C], kept channels first; gradients, by the names of `Made`
+    d_cell: Array  #: [rows, G]
+    d_mixed: Array  #: [rows, G]
     d_query: Array  #: [rows, C]
     d_attended: Array  #: [rows, C]
-    d_gates: Array  #: [rows, 3 C] or [rows, 4 C]
-    d_x: Array  #: [rows, 3 C]
-    d_qkv: Array  #: [rows, 3 C]
+    d_gates: Array  #: [rows, 3 G] or [rows, 4 G]
+    d_x: Array  #: [rows, 2 C + G], the columns of `x` but the last
+    d_qkv: Array  #: [rows, 3 G]

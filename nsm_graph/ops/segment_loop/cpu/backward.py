@@ -35,6 +35,7 @@ def _attend_backward(  # type: ignore[no-untyped-def]
     d_query, d_key, d_value, d_out, weights, query, key, value, turned, slopes, is_shared
 ):
     """Gradients of the three operands; a key that is the value, too, has the sum of both."""
+    turned = turned[: d_out.shape[1]]
     vectors.transpose(turned, d_out)
     multiply(slopes, value, turned)
     vectors.softmax_columns_backward(slopes, weights)
@@ -60,34 +61,35 @@ def _talk_backward(  # type: ignore[no-untyped-def]
     w, t, made, scratch, grads, count, num_states, heads
 ):
     """From the gradient of the step's result to that of the propagated state, in place."""
-    channels = scratch.d_state.shape[1]
-    width = channels // heads
+    channels, gated = scratch.d_state.shape[1], made.mixed.shape[1]
+    others = channels - gated
+    width = gated // heads
     num_rows = count * num_states
     d_state, d_qkv = scratch.d_state[:num_rows], scratch.d_qkv[:num_rows]
     d_mixed, turned, slopes = scratch.d_mixed[:num_rows], scratch.turned, scratch.slopes
     one = d_state.dtype.type(1)
-    share = one / d_state.dtype.type(channels)
+    share = one / d_state.dtype.type(gated)
     for i in range(num_rows):
-        d, normal, inverse = d_state[i], made.normal[i], made.inverse[i]
+        d, normal, inverse = d_state[i, others:], made.normal[i], made.inverse[i]
         mean = one - one
         along = one - one
-        for j in range(channels):
+        for j in range(gated):
             grads.scale[j] += d[j] * normal[j]
-        for j in range(channels):
+        for j in range(gated):
             grads.shift[j] += d[j]
-        for j in range(channels):
+        for j in range(gated):
             d[j] *= w.scale[j]
             mean += d[j]
             along += d[j] * normal[j]
         mean *= share
         along *= share
-        for j in range(channels):
+        for j in range(gated):
             d[j] = inverse * (d[j] - mean - normal[j] * along)
-        for j in range(channels):
+        for j in range(gated):
             grads.mix_bias[j] += d[j]
-    qkv = made.qkv[:num_rows]
-    add_product(grads.mix, made.mixed[:num_rows].T, d_state)
-    multiply(d_mixed, d_state, t.mix)
+    qkv, d_gated = made.qkv[:num_rows], d_state[:, others:]
+    add_product(grads.mix, made.mixed[:num_rows].T, d_gated)
+    multiply(d_mixed, d_gated, t.mix)
     size = num_states * num_states
     place = 0
     for example in range(count):
@@ -95,8 +97,8 @@ def _talk_backward(  # type: ignore[no-untyped-def]
         for head in range(heads):
             first = head * width
             q = slice(first, first + width)
-            k = slice(channels + first, channels + first + width)
-            v = slice(2 * channels + first, 2 * channels + first + width)
+            k = slice(gated + first, gated + first + width)
+            v = slice(2 * gated + first, 2 * gated + first + width)
             weights = made.talk[place : place + size].reshape(num_states, num_states)
             place += size
             _attend_backward(
@@ -105,72 +107,75 @@ def _talk_backward(  # type: ignore[no-untyped-def]
                 slopes[:size].reshape(num_states, num_states), False,
             )  # fmt: skip
     _add_rows(grads.qkv_bias, d_qkv, 0)
-    add_product(grads.qkv, made.x[:num_rows, 3 * channels : 4 * channels].T, d_qkv)
-    add_product(d_state, d_qkv, t.qkv)
+    propagated = made.x[:num_rows, 2 * channels + gated : 2 * channels + 2 * gated]
+    add_product(grads.qkv, propagated.T, d_qkv)
+    add_product(d_gated, d_qkv, t.qkv)
 
 
 @numba.njit(**INNER)
 def _gru_backward(t, made, scratch, grads, num_rows):  # type: ignore[no-untyped-def]
     """From the gradient of the propagated state to those of state before and update, in ``d_x``."""
-    channels = made.query.shape[1]
+    channels, gated = made.query.shape[1], made.mixed.shape[1]
+    others = channels - gated
     one = made.x.dtype.type(1)
     x = made.x[:num_rows]
     d_state, dg, dx = (
         scratch.d_state[:num_rows], scratch.d_gates[:num_rows], scratch.d_x[:num_rows],
     )  # fmt: skip
     for i in range(num_rows):
-        state, gates, d = x[i, :channels], made.gates[i], d_state[i]
-        mix, candidate = gates[channels : 2 * channels], gates[2 * channels :]
-        d_mix, d_candidate = dg[i, channels : 2 * channels], dg[i, 2 * channels :]
-        for j in range(channels):
+        state, gates, d = x[i, :gated], made.gates[i], d_state[i, others:]
+        mix, candidate = gates[gated : 2 * gated], gates[2 * gated :]
+        d_mix, d_candidate = dg[i, gated : 2 * gated], dg[i, 2 * gated :]
+        for j in range(gated):
             d_candidate[j] = d[j] * mix[j] * (one - candidate[j] * candidate[j])
-        for j in range(channels):
+        for j in range(gated):
             d_mix[j] = d[j] * (candidate[j] - state[j]) * mix[j] * (one - mix[j])
-        for j in range(channels):
+        for j in range(gated):
             d[j] *= one - mix[j]
-    # Columns of dx: state, update, reset * state.
-    add_product(grads.candidate, x[:, channels : 3 * channels].T, dg[:, 2 * channels :])
-    multiply(dx[:, channels:], dg[:, 2 * channels :], t.candidate)
+    # Columns of dx: gated, kept, update, reset * gated.
+    add_product(grads.candidate, x[:, gated : gated + 2 * channels].T, dg[:, 2 * gated :])
+    multiply(dx[:, gated:], dg[:, 2 * gated :], t.candidate)
     for i in range(num_rows):
-        state, reset, d = x[i, :channels], made.gates[i, :channels], d_state[i]
-        d_reset, d_both = dg[i, :channels], dx[i, 2 * channels :]
-        for j in range(channels):
+        state, reset, d = x[i, :gated], made.gates[i, :gated], d_state[i, others:]
+        d_reset, d_both = dg[i, :gated], dx[i, 2 * channels :]
+        for j in range(gated):
             d_reset[j] = d_both[j] * state[j] * reset[j] * (one - reset[j])
-        d_before = dx[i, :channels]
-        for j in range(channels):
+        d_before = dx[i, :gated]
+        for j in range(gated):
             d_before[j] = d[j] + d_both[j] * reset[j]
     _add_rows(grads.gates_bias, dg, 0)
-    _add_rows(grads.candidate_bias, dg, 2 * channels)
-    add_product(grads.gates, x[:, : 2 * channels].T, dg[:, : 2 * channels])
-    add_product(dx[:, : 2 * channels], dg[:, : 2 * channels], t.gates)
+    _add_rows(grads.candidate_bias, dg, 2 * gated)
+    add_product(grads.gates, x[:, : 2 * channels].T, dg[:, : 2 * gated])
+    add_product(dx[:, : 2 * channels], dg[:, : 2 * gated], t.gates)
 
 
 @numba.njit(**INNER)
 def _lstm_backward(t, made, scratch, grads, found, num_rows):  # type: ignore[no-untyped-def]
     """The same of an LSTM that ``found`` these cells, and from their gradient to that before."""
-    channels = made.query.shape[1]
+    channels, gated = made.query.shape[1], made.mixed.shape[1]
+    others = channels - gated
     zero, one = made.x.dtype.type(0), made.x.dtype.type(1)
     dg, dx = scratch.d_gates[:num_rows], scratch.d_x[:num_rows, : 2 * channels]
     for i in range(num_rows):
         gates, row = made.gates[i], dg[i]
-        input_gate, forget_gate = gates[:channels], gates[channels : 2 * channels]
-        output_gate, candidate = gates[2 * channels : 3 * channels], gates[3 * channels :]
-        d_input_gate, d_forget_gate = row[:channels], row[channels : 2 * channels]
-        d_output_gate, d_candidate = row[2 * channels : 3 * channels], row[3 * channels :]
-        tanh_cell = made.x[i, 2 * channels : 3 * channels]
-        before = found[i * channels : (i + 1) * channels]
-        d, d_cell = scratch.d_state[i], scratch.d_cell[i]
-        for j in range(channels):
+        input_gate, forget_gate = gates[:gated], gates[gated : 2 * gated]
+        output_gate, candidate = gates[2 * gated : 3 * gated], gates[3 * gated :]
+        d_input_gate, d_forget_gate = row[:gated], row[gated : 2 * gated]
+        d_output_gate, d_candidate = row[2 * gated : 3 * gated], row[3 * gated :]
+        tanh_cell = made.x[i, 2 * channels : 2 * channels + gated]
+        before = found[i * gated : (i + 1) * gated]
+        d, d_cell = scratch.d_state[i, others:], scratch.d_cell[i]
+        for j in range(gated):
             d_output_gate[j] = d[j] * tanh_cell[j] * output_gate[j] * (one - output_gate[j])
-        for j in range(channels):
+        for j in range(gated):
             d_cell[j] += d[j] * output_gate[j] * (one - tanh_cell[j] * tanh_cell[j])
-        for j in range(channels):
+        for j in range(gated):
             d_input_gate[j] = d_cell[j] * candidate[j] * input_gate[j] * (one - input_gate[j])
-        for j in range(channels):
+        for j in range(gated):
             d_forget_gate[j] = d_cell[j] * before[j] * forget_gate[j] * (one - forget_gate[j])
-        for j in range(channels):
+        for j in range(gated):
             d_candidate[j] = d_cell[j] * input_gate[j] * (one - candidate[j] * candidate[j])
-        for j in range(channels):
+        for j in range(gated):
             d_cell[j] *= forget_gate[j]
     _add_rows(grads.gates_bias, dg, 0)
     add_product(grads.gates, made.x[:num_rows, : 2 * channels].T, dg)
@@ -183,8 +188,12 @@ def _read_backward(  # type: ignore[no-untyped-def]
     t, made, scratch, grads, found, key, value, d_key, d_value, d_routed, token_ptr, group, count,
     num_states, heads, is_shared,
 ):  # fmt: skip
-    """From the gradient of the propagated state to that of the state before, in place."""
-    channels = key.shape[1]
+    """From the gradient of the propagated state to that of the state before, in place.
+
+    Kept channels hand on what they were handed back, and add what the step read of them.
+    """
+    channels, gated = key.shape[1], made.mixed.shape[1]
+    others = channels - gated
     width = channels // heads
     num_rows = count * num_states
     x = made.x[:num_rows]
@@ -222,11 +231,14 @@ def _read_backward(  # type: ignore[no-untyped-def]
             )  # fmt: skip
     _add_rows(grads.query_bias, d_query, 0)
     add_product(grads.query, x[:, :channels].T, d_query)
+    add_product(dx[:, :channels], d_query, t.query)
     for i in range(num_rows):
-        d, d_before = d_state[i], dx[i, :channels]
-        for j in range(channels):
+        d, d_before = d_state[i, others:], dx[i, :gated]
+        for j in range(gated):
             d[j] = d_before[j]
-    add_product(d_state, d_query, t.query)
+        d, d_before = d_state[i, :others], dx[i, gated:channels]
+        for j in range(others):
+            d[j] += d_before[j]
 
 
 # All steps #########################################################################
@@ -273,6 +285,7 @@ def backward_kernel(
     d_rows: Rows,
     d_tokens: TokenGrads,
     heads: int,
+    talk_heads: int,
     num_states: int,
     chunks: Array,
     is_shared: bool,
@@ -281,7 +294,7 @@ def backward_kernel(
 
     ``d_after``, ``d_final``, ``d_final_cell`` may be empty: nobody asked for that result.
     """
-    channels, ptr = states.shape[1], segments.token_ptr
+    channels, gated, ptr = states.shape[1], made.mixed.shape[1], segments.token_ptr
     has_tokens = tokens.x.shape[0] > 0
     zero = states.dtype.type(0)
     d_state, d_cell = scratch.d_state, scratch.d_cell
@@ -319,18 +332,20 @@ def backward_kernel(
                     tokens.weights, scratch.hoist, tokens.x, tokens.first, ptr, group,
                     group + count, key, value, routed, tokens.heads, num_states,
                 )  # fmt: skip
-            found = cells.found[group * num_states * channels :]
+            found = cells.found[group * num_states * gated :]
             if is_lstm:
                 _fill_rows(scratch.cell, found, num_rows)
             if kept.shape[0] > 0:
-                place = places[chunk, step]
-                recall(made, kept, place, before, num_rows, end - first, num_states, heads)
+                recall(
+                    made, kept, places[chunk, step], before, num_rows, end - first, num_states,
+                    heads, talk_heads,
+                )  # fmt: skip
                 if is_lstm:
                     update_cell(scratch.cell, made, num_rows)
             else:
                 take_step(
                     scratch.after[:num_rows], w, made, before, scratch.cell, key, value, routed,
-                    ptr, group, count, num_states, heads, scratch.turned,
+                    ptr, group, count, num_states, heads, talk_heads, scratch.turned,
                 )  # fmt: skip
             if count > known:
                 d_state[known * num_states : num_rows] = zero
@@ -352,7 +367,7 @@ def backward_kernel(
             if d_after.shape[0] > 0:
                 _add(d_state, d_after[group * num_states : group * num_states + num_rows])
             if w.qkv.shape[0] > 0:
-                _talk_backward(w, t, made, scratch, grads, count, num_states, heads)
+                _talk_backward(w, t, made, scratch, grads, count, num_states, talk_heads)
             _read_backward(
                 t, made, scratch, grads, found, key, value, d_key, d_value, d_routed,
                 ptr, group, count, num_states, heads, is_shared,
@@ -365,4 +380,4 @@ def backward_kernel(
                 )  # fmt: skip
         copy_rows(d_states[example * num_states :], d_state[: known * num_states], 0, channels)
         if is_lstm:
-            copy_rows(d_cells[example * num_states :], d_cell[: known * num_states], 0, channels)
+            copy_rows(d_cells[example * num_states :], d_cell[: known * num_states], 0, gated)

@@ -1,7 +1,8 @@
 """The segment loop forward: one step, and all of them.
 
-Legend: N states of an example, C channels, H heads, D = C / H; a *group* is one segment of one
-example, groups stand step by step, and rows of group g are g N .. g N + N - 1.
+Legend: N states of an example, C channels, of which the gates write the last G and keep the first
+(`others` = C - G of them), H heads, D = C / H; a *group* is one segment of one example, groups
+stand step by step, and rows of group g are g N .. g N + N - 1.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from nsm_graph.ops.segment_loop.cpu.arrays import (
     Tokens,
     Weights,
 )
-from nsm_graph.ops.segment_loop.cpu.history import keep
+from nsm_graph.ops.segment_loop.cpu.history import keep, place_states
 
 # One step ##########################################################################
 
@@ -33,6 +34,7 @@ from nsm_graph.ops.segment_loop.cpu.history import keep
 @numba.njit(**INNER)
 def _attend(out, weights, query, key, value, turned):  # type: ignore[no-untyped-def]
     """One head of one example: ``out = softmax(query key') value``, weights as [keys, queries]."""
+    turned = turned[: query.shape[1]]
     vectors.transpose(turned, query)
     multiply(weights, key, turned)
     vectors.softmax_columns(weights)
@@ -81,94 +83,97 @@ def _read(  # type: ignore[no-untyped-def]
 @numba.njit(**INNER)
 def _gru(w, x, gates):  # type: ignore[no-untyped-def]
     """Gates of states and updates, and the propagated states."""
-    channels = w.query_bias.shape[0]
-    affine(gates[:, : 2 * channels], x[:, : 2 * channels], w.gates, w.gates_bias)
+    channels, gated = w.query_bias.shape[0], gates.shape[1] // 3
+    after = 2 * channels + gated  # what the gates and what the candidate reads end here
+    affine(gates[:, : 2 * gated], x[:, : 2 * channels], w.gates, w.gates_bias)
     for i in range(x.shape[0]):
-        vectors.sigmoid(gates, i, 0, 2 * channels)
-        state, reset, both = x[i, :channels], gates[i, :channels], x[i, 2 * channels : 3 * channels]
-        for j in range(channels):
+        vectors.sigmoid(gates, i, 0, 2 * gated)
+        state, reset, both = x[i, :gated], gates[i, :gated], x[i, 2 * channels : after]
+        for j in range(gated):
             both[j] = reset[j] * state[j]
-    affine(gates[:, 2 * channels :], x[:, channels : 3 * channels], w.candidate, w.candidate_bias)
+    affine(gates[:, 2 * gated :], x[:, gated:after], w.candidate, w.candidate_bias)
     for i in range(x.shape[0]):
-        vectors.tanh(gates, i, 2 * channels, channels)
-        mix, candidate = gates[i, channels : 2 * channels], gates[i, 2 * channels :]
-        state, new = x[i, :channels], x[i, 3 * channels : 4 * channels]
-        for j in range(channels):
+        vectors.tanh(gates, i, 2 * gated, gated)
+        mix, candidate = gates[i, gated : 2 * gated], gates[i, 2 * gated :]
+        state, new = x[i, :gated], x[i, after : after + gated]
+        for j in range(gated):
             new[j] = state[j] + mix[j] * (candidate[j] - state[j])
 
 
 @numba.njit(**INNER)
 def _lstm(w, x, gates):  # type: ignore[no-untyped-def]
     """Gates of states and updates."""
-    channels = w.query_bias.shape[0]
+    channels, gated = w.query_bias.shape[0], gates.shape[1] // 4
     affine(gates, x[:, : 2 * channels], w.gates, w.gates_bias)
     for i in range(x.shape[0]):
-        vectors.sigmoid(gates, i, 0, 3 * channels)
-        vectors.tanh(gates, i, 3 * channels, channels)
+        vectors.sigmoid(gates, i, 0, 3 * gated)
+        vectors.tanh(gates, i, 3 * gated, gated)
 
 
 @numba.njit(**INNER)
 def update_cell(cell, made, num_rows):  # type: ignore[no-untyped-def]
     """From gates and the cell that a step finds: the new one in its place, its tanh, the states."""
-    channels = cell.shape[1]
+    channels, gated = made.query.shape[1], cell.shape[1]
+    after = 2 * channels + gated
     for i in range(num_rows):
         own, gates, x = cell[i], made.gates[i], made.x[i]
-        input_gate, forget_gate = gates[:channels], gates[channels : 2 * channels]
-        output_gate, candidate = gates[2 * channels : 3 * channels], gates[3 * channels :]
-        tanh_cell, new = x[2 * channels : 3 * channels], x[3 * channels : 4 * channels]
-        for j in range(channels):
+        input_gate, forget_gate = gates[:gated], gates[gated : 2 * gated]
+        output_gate, candidate = gates[2 * gated : 3 * gated], gates[3 * gated :]
+        tanh_cell, new = x[2 * channels : after], x[after : after + gated]
+        for j in range(gated):
             own[j] = forget_gate[j] * own[j] + input_gate[j] * candidate[j]
-        for j in range(channels):
+        for j in range(gated):
             tanh_cell[j] = own[j]
-        vectors.tanh(made.x, i, 2 * channels, channels)
-        for j in range(channels):
+        vectors.tanh(made.x, i, 2 * channels, gated)
+        for j in range(gated):
             new[j] = output_gate[j] * tanh_cell[j]
 
 
 @numba.njit(**INNER)
 def _talk(w, made, out, count, num_states, heads, turned):  # type: ignore[no-untyped-def]
-    """States attend to the states of their example, residual, norm; into ``out``."""
-    channels = out.shape[1]
-    width = channels // heads
+    """Gated channels attend to those of their example, residual, norm; into those of ``out``."""
+    channels, gated = out.shape[1], made.mixed.shape[1]
+    others, place = channels - gated, 2 * channels + gated
+    width = gated // heads
     num_rows = count * num_states
     qkv = made.qkv[:num_rows]
     mixed = made.mixed[:num_rows]
-    affine(qkv, made.x[:num_rows, 3 * channels : 4 * channels], w.qkv, w.qkv_bias)
+    affine(qkv, made.x[:num_rows, place : place + gated], w.qkv, w.qkv_bias)
     size = num_states * num_states
-    place = 0
+    start = 0
     for example in range(count):
         mine = slice(example * num_states, (example + 1) * num_states)
         for head in range(heads):
             first = head * width
-            weights = made.talk[place : place + size].reshape(num_states, num_states)
-            place += size
+            weights = made.talk[start : start + size].reshape(num_states, num_states)
+            start += size
             _attend(
                 mixed[mine, first : first + width], weights, qkv[mine, first : first + width],
-                qkv[mine, channels + first : channels + first + width],
-                qkv[mine, 2 * channels + first : 2 * channels + first + width], turned,
+                qkv[mine, gated + first : gated + first + width],
+                qkv[mine, 2 * gated + first : 2 * gated + first + width], turned,
             )  # fmt: skip
     for i in range(num_rows):
-        y, new = out[i], made.x[i, 3 * channels : 4 * channels]
-        for j in range(channels):
+        y, new = out[i, others:], made.x[i, place : place + gated]
+        for j in range(gated):
             y[j] = new[j] + w.mix_bias[j]
-    add_product(out, mixed, w.mix)
+    add_product(out[:, others:], mixed, w.mix)
     one = out.dtype.type(1)
-    share = one / out.dtype.type(channels)
+    share = one / out.dtype.type(gated)
     epsilon = out.dtype.type(1e-5)
     for i in range(num_rows):
-        y, normal = out[i], made.normal[i]
+        y, normal = out[i, others:], made.normal[i]
         mean = one - one
-        for j in range(channels):
+        for j in range(gated):
             mean += y[j]
         mean *= share
         variance = one - one
-        for j in range(channels):
+        for j in range(gated):
             variance += (y[j] - mean) * (y[j] - mean)
         inverse = one / np.sqrt(variance * share + epsilon)
         made.inverse[i] = inverse
-        for j in range(channels):
+        for j in range(gated):
             normal[j] = (y[j] - mean) * inverse
-        for j in range(channels):
+        for j in range(gated):
             y[j] = normal[j] * w.scale[j] + w.shift[j]
 
 
@@ -184,21 +189,26 @@ def copy_rows(target, source, first, width):  # type: ignore[no-untyped-def]
 @numba.njit(**INNER)
 def take_step(  # type: ignore[no-untyped-def]
     out, w, made, before, cell, key, value, routed, token_ptr, group, count, num_states, heads,
-    turned,
+    talk_heads, turned,
 ):  # fmt: skip
     """One step of ``count`` examples: from the states that it finds to those it leaves, ``out``.
 
     An LSTM's ``cell`` is written over. Keys, values and routed sums are this step's alone.
     """
-    channels = before.shape[1]
-    copy_rows(made.x, before[: count * num_states], 0, channels)
+    channels, gated = before.shape[1], made.mixed.shape[1]
+    others = channels - gated
+    for i in range(count * num_states):
+        place_states(made.x[i], before[i], gated)
+        found, left = before[i], out[i]
+        for j in range(others):
+            left[j] = found[j]
     _read(w, made, cell, key, value, routed, token_ptr, group, count, num_states, heads, turned)
     if w.qkv.shape[0] > 0:
-        _talk(w, made, out, count, num_states, heads, turned)
+        _talk(w, made, out, count, num_states, talk_heads, turned)
     else:
         for i in range(count * num_states):
-            new, target = made.x[i, 3 * channels : 4 * channels], out[i]
-            for j in range(channels):
+            new, target = made.x[i, 2 * channels + gated :], out[i, others:]
+            for j in range(gated):
                 target[j] = new[j]
 
 
@@ -220,6 +230,7 @@ def forward_kernel(
     after: Array,
     final: Array,
     heads: int,
+    talk_heads: int,
     num_states: int,
     chunks: Array,
 ) -> None:
@@ -228,7 +239,7 @@ def forward_kernel(
     Fills ``after[groups N, C]``, the states after every step, ``final[examples N, C]``, those after
     an example's last, ``cells``, and ``kept``, unless it is empty.
     """
-    channels, ptr = states.shape[1], segments.token_ptr
+    channels, gated, ptr = states.shape[1], made.mixed.shape[1], segments.token_ptr
     for chunk in range(chunks.shape[0]):
         example = chunks[chunk, 0]
         for step in range(segments.num_active.shape[0]):
@@ -253,15 +264,17 @@ def forward_kernel(
                 routed = rows.routed[group * num_states :]
             cell = cells.now[example * num_states : (example + count) * num_states]
             if cells.found.shape[0] > 0:
-                place = group * num_states * channels
+                place = group * num_states * gated
                 vectors.write_past(cells.found, place, cell.reshape(-1))
             take_step(
                 out, w, made, before, cell, key, value, routed, ptr, group, count, num_states,
-                heads, scratch.turned,
+                heads, talk_heads, scratch.turned,
             )  # fmt: skip
             if kept.shape[0] > 0:
-                place = places[chunk, step]
-                keep(kept, place, made, count * num_states, end - first, num_states, heads)
+                keep(
+                    kept, places[chunk, step], made, count * num_states, end - first, num_states,
+                    heads, talk_heads,
+                )  # fmt: skip
             # Those that read on overwrite this.
             copy_rows(final[example * num_states :], out, 0, channels)
     if cells.found.shape[0] > 0:

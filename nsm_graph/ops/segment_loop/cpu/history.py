@@ -18,13 +18,16 @@ from nsm_graph.ops.cpu.compiled import INNER
 ALIGNMENT = 16
 
 
-def record_size(rows: Any, tokens: Any, channels: int, num_states: int, heads: int,
-                has_talk: bool, num_gates: int = 3) -> Any:  # fmt: skip
-    """Numbers that :func:`keep` writes for a step of so many rows and tokens."""
-    parts = [rows * channels] * 3 + [tokens * heads * num_states, num_gates * rows * channels]
-    if has_talk:
-        parts += [3 * rows * channels, rows * heads * num_states]
-        parts += [rows * channels] * 2 + [rows]
+def record_size(rows: Any, tokens: Any, channels: int, gated: int, num_states: int, heads: int,
+                talk_heads: int, num_gates: int = 3) -> Any:  # fmt: skip
+    """Numbers that :func:`keep` writes for a step of so many rows and tokens.
+
+    States that do not talk have no ``talk_heads``: 0.
+    """
+    parts = [rows * channels] * 3 + [tokens * heads * num_states, num_gates * rows * gated]
+    if talk_heads > 0:
+        parts += [3 * rows * gated, rows * talk_heads * num_states]
+        parts += [rows * gated] * 2 + [rows]
     return sum(-(-part // ALIGNMENT) * ALIGNMENT for part in parts)
 
 
@@ -41,7 +44,9 @@ def _keep(kept, place, part):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(**INNER)
-def keep(kept, place, made, rows, tokens, num_states, heads):  # type: ignore[no-untyped-def]
+def keep(  # type: ignore[no-untyped-def]
+    kept, place, made, rows, tokens, num_states, heads, talk_heads
+):
     """Writes what a step made to ``kept[place:]``."""
     channels = made.query.shape[1]
     for i in range(rows):
@@ -53,11 +58,23 @@ def keep(kept, place, made, rows, tokens, num_states, heads):  # type: ignore[no
     place = _keep(kept, place, made.gates[:rows].reshape(-1))
     if made.qkv.shape[0] > 0:
         place = _keep(kept, place, made.qkv[:rows].reshape(-1))
-        place = _keep(kept, place, made.talk[: rows * heads * num_states])
+        place = _keep(kept, place, made.talk[: rows * talk_heads * num_states])
         place = _keep(kept, place, made.mixed[:rows].reshape(-1))
         place = _keep(kept, place, made.normal[:rows].reshape(-1))
         place = _keep(kept, place, made.inverse[:rows])
     vectors.settle()
+
+
+@numba.njit(**INNER)
+def place_states(x, state, gated):  # type: ignore[no-untyped-def]
+    """Begins a row of `Made.x` with a state: gated channels first, which come last from outside."""
+    others = state.shape[0] - gated
+    given = state[others:]
+    for j in range(gated):
+        x[j] = given[j]
+    rest = x[gated:]
+    for j in range(others):
+        rest[j] = state[j]
 
 
 @numba.njit(**INNER)
@@ -70,13 +87,15 @@ def _recall(part, kept, place):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(**INNER)
-def recall(made, kept, place, before, rows, tokens, num_states, heads):  # type: ignore[no-untyped-def]
+def recall(  # type: ignore[no-untyped-def]
+    made, kept, place, before, rows, tokens, num_states, heads, talk_heads
+):
     """Brings back what a step made of the states ``before`` it.
 
     But for what follows from an LSTM's cell, which is not here: `update_cell` makes that again.
     """
-    channels = made.query.shape[1]
-    is_lstm = made.gates.shape[1] > 3 * channels
+    channels, gated = made.query.shape[1], made.mixed.shape[1]
+    is_lstm = made.gates.shape[1] > 3 * gated
     updates = place
     place = _aligned(place + rows * channels)
     place = _recall(made.query[:rows].reshape(-1), kept, place)
@@ -85,22 +104,22 @@ def recall(made, kept, place, before, rows, tokens, num_states, heads):  # type:
     place = _recall(made.gates[:rows].reshape(-1), kept, place)
     if made.qkv.shape[0] > 0:
         place = _recall(made.qkv[:rows].reshape(-1), kept, place)
-        place = _recall(made.talk[: rows * heads * num_states], kept, place)
+        place = _recall(made.talk[: rows * talk_heads * num_states], kept, place)
         place = _recall(made.mixed[:rows].reshape(-1), kept, place)
         place = _recall(made.normal[:rows].reshape(-1), kept, place)
         place = _recall(made.inverse[:rows], kept, place)
     for i in range(rows):
-        old, gates = before[i], made.gates[i]
-        reset, mix = gates[:channels], gates[channels : 2 * channels]
-        candidate, update = gates[2 * channels :], kept[updates + i * channels :]
+        old, gates = before[i, channels - gated :], made.gates[i]
+        reset, mix = gates[:gated], gates[gated : 2 * gated]
+        candidate, update = gates[2 * gated :], kept[updates + i * channels :]
         x = made.x[i]
-        for j in range(channels):
-            x[j] = old[j]
+        place_states(x, before[i], gated)
         for j in range(channels):
             x[channels + j] = update[j]
         if is_lstm:
             continue
-        for j in range(channels):
-            x[2 * channels + j] = reset[j] * old[j]
-        for j in range(channels):
-            x[3 * channels + j] = old[j] + mix[j] * (candidate[j] - old[j])
+        both, new = x[2 * channels :], x[2 * channels + gated :]
+        for j in range(gated):
+            both[j] = reset[j] * old[j]
+        for j in range(gated):
+            new[j] = old[j] + mix[j] * (candidate[j] - old[j])
