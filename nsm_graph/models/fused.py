@@ -16,15 +16,20 @@ from torch_geometric.nn.aggr import SumAggregation as _Aggregation
 from torch_geometric.nn.dense.linear import Linear
 
 from nsm_graph.models.cell import StateMachineCell
+from nsm_graph.models.fused_scan import loop_scan
 from nsm_graph.models.loop import Trace
 from nsm_graph.models.segments import SegmentPlan
 from nsm_graph.nn import (
     HybridAttention,
+    SegmentScan,
     StateCommunication,
     StatePropagator,
+    TokenConvolution,
     TokenToStateRouter,
 )
 from nsm_graph.nn.edge_attention_layer import is_watched
+from nsm_graph.nn.scan_heads import MemoryHeads, TransitionHeads
+from nsm_graph.nn.scan_layer import ScanLayer
 from nsm_graph.ops.hoist import HoistWeights
 from nsm_graph.ops.segment_loop import LoopSegments, LoopWeights, segment_loop, token_loop
 from nsm_graph.topology.base import Complete
@@ -50,8 +55,8 @@ def why_not_fused(
         return "a function transform has to see every operation"
     if torch.is_autocast_enabled("cpu"):
         return "autocast chooses the type of every operation"
-    if cell.scan is not None or cell.snap is not None:
-        return "a scan or a snap acts in every step"
+    if cell.snap is not None:
+        return "a snap acts in every step"
     if cell.mix != "sum" or cell.relative is not None:
         return "attention has a bias, or routing and attention are not added"
     if cell.router.top_k is not None:
@@ -62,6 +67,20 @@ def why_not_fused(
         return "steps are recorded, or the history is cut"
     if not _is_plain(cell) or any(getattr(torch_module, hooks) for hooks in _GLOBAL_HOOKS):
         return "a part of the cell was replaced, or a hook watches it"
+    return None if cell.scan is None else _why_scan_is_not_fused(cell)
+
+
+def _why_scan_is_not_fused(cell: StateMachineCell) -> str | None:
+    scan = cell.scan
+    if type(scan) is not SegmentScan or not all(map(_is_known, scan.modules())):
+        return "a part of the scan was replaced, or a hook watches it"
+    if len(scan.layers) > 1:
+        return "later layers of a scan read what earlier ones found"
+    layer = scan.layers[0]
+    if layer.routed or layer.backend is not None:
+        return "the scan's reflections are gated, or its backend was chosen"
+    if not _hoists_plainly(cell):
+        return "keys or routed sums are not the documented ones, and there is a scan"
     return None
 
 
@@ -74,21 +93,33 @@ def read_fused(
     importance: Tensor,
     slots: Tensor,
     keep: bool,
-) -> tuple[Trace, Tensor | None]:
-    """Hoists and reads tokens in input order; also gives the states' routing mass, ``[G N]``.
+    *,
+    scan_tokens: Tensor | None,
+    scan_reads: bool,
+) -> tuple[Trace, Tensor | None, Tensor | None]:
+    """Hoists and reads tokens in input order.
 
-    What :meth:`StateMachineCell.hoist` and :func:`nsm_graph.models.loop.read_segments` do.
+    What :meth:`StateMachineCell.hoist` and :func:`nsm_graph.models.loop.read_segments` do. Also
+    gives the states' routing mass, ``[G N]``, and what tokens read from the scan, in the plan's
+    order.
     """
     num_active = torch.tensor([step.num_examples for step in plan.steps], dtype=torch.long)
     segments = LoopSegments(plan.groups.ptr, num_active)
     heads = cell.attention.heads
+    talk_heads = None if cell.communication is None else cell.communication.heads
     mass: Tensor | None
+    reads = None
     if _hoists_plainly(cell):
         projections = _projections(cell, importance, slots)
-        after, final, received, *final_cell = token_loop(
+        scan = None
+        if scan_tokens is not None:
+            scan = loop_scan(cell.scan, scan_tokens, slots, scan_reads)
+        after, final, received, last_cell, found = token_loop(
             states, tokens, plan.groups.first, projections, segments, loop_weights(cell), heads,
-            cell=cell_states, keep=keep, backend="cpu",
+            scan=scan, talk_heads=talk_heads, cell=cell_states, keep=keep, backend="cpu",
         )  # fmt: skip
+        if found is not None:
+            reads = cell.scan.read_out(found)
         mass = None
         if cell.training:  # the weights of a token add up to one
             mass = received / plan.groups.ptr.diff().repeat_interleave(slots.numel())
@@ -99,14 +130,14 @@ def read_fused(
         )
         after, final, *final_cell = segment_loop(
             states, hoisted.routed, hoisted.key, hoisted.value, segments, loop_weights(cell), heads,
-            cell=cell_states, keep=keep, backend="cpu",
+            talk_heads=talk_heads, cell=cell_states, keep=keep, backend="cpu",
         )  # fmt: skip
+        last_cell = final_cell[0] if final_cell else None
         mass = cell.routing_mass(weights, hoisted.relation)
     steps = list(after.split([step.num_dst for step in plan.steps]))
     found = zip([states, *steps], plan.steps, strict=False)
     before = [rows[: step.num_dst] for rows, step in found]
-    last_cell = final_cell[0] if final_cell else None
-    return Trace(final, last_cell, before, steps, [None] * len(steps)), mass
+    return Trace(final, last_cell, before, steps, [None] * len(steps)), mass, reads
 
 
 def say_why_not(reason: str) -> None:
@@ -154,10 +185,16 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 _KINDS = (
     HybridAttention,
     Linear,
-    nn.LayerNorm,
+    MemoryHeads,
+    ScanLayer,
+    SegmentScan,
     StateCommunication,
     StatePropagator,
+    TokenConvolution,
     TokenToStateRouter,
+    TransitionHeads,
+    nn.LayerNorm,
+    nn.ModuleList,
 )
 
 
@@ -170,8 +207,7 @@ def _is_plain(cell: StateMachineCell) -> bool:
         return False
     if talk is None:
         return True
-    has_usual_norm = talk.norm.eps == 1e-5 and talk.norm.bias is not None
-    return has_usual_norm and talk.heads == cell.attention.heads
+    return talk.norm.eps == 1e-5 and talk.norm.bias is not None
 
 
 def _hoists_plainly(cell: StateMachineCell) -> bool:
@@ -184,11 +220,13 @@ def _hoists_plainly(cell: StateMachineCell) -> bool:
 def _are_own(part: nn.Module | None) -> bool:
     """Whether a part and what it is made of are as this library made them, and nobody watches."""
     modules = [] if part is None else list(part.modules())
-    return all(
-        type(module) is _Aggregation
-        or (type(module) in _KINDS and not _is_watched(module) and _has_bias(module))
-        for module in modules
-    )
+    return all(map(_is_known, modules))
+
+
+def _is_known(module: nn.Module) -> bool:
+    if type(module) is _Aggregation:
+        return True
+    return type(module) in _KINDS and not _is_watched(module) and _has_bias(module)
 
 
 def _has_bias(module: nn.Module) -> bool:

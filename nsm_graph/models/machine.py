@@ -362,7 +362,7 @@ class NeuralStateMachine(nn.Module):
                 state.slots.numel(),
                 tokens.device,
             )
-            scan_tokens, tail = self._scan_tokens(tokens, plan, ptr, state)
+            scan_tokens, tail = self._scan_tokens(tokens, ptr, state)
             tokens = self._add_position(tokens, plan, ptr, state)
             reading = read_sequence(
                 self.cell,
@@ -414,15 +414,15 @@ class NeuralStateMachine(nn.Module):
         return MachineState(states, cell, num_tokens, self.manager.slots)
 
     def _scan_tokens(
-        self, tokens: Tensor, plan: SegmentPlan, ptr: Tensor, state: MachineState
+        self, tokens: Tensor, ptr: Tensor, state: MachineState
     ) -> tuple[Tensor | None, Tensor | None]:
-        """What the scan reads, in reading order, and the last token of each stream."""
+        """What the scan reads, and the last token of each stream."""
         if self.cell.scan is None:
             return None, None
         examples = Partition.from_ptr(ptr)
         convolved = self.cell.scan.convolve(self.dropout(tokens), examples, state.tail)
         tail = TokenConvolution.next_tail(tokens, examples, state.tail)
-        return convolved[plan.token_order], tail
+        return convolved, tail
 
     def _add_position(
         self, tokens: Tensor, plan: SegmentPlan, ptr: Tensor, state: MachineState

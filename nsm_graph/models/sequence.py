@@ -33,7 +33,7 @@ def read_sequence(
         plan: The reading order.
         state: The memory before, examples in input order.
         importance: Learnable importance of every slot.
-        scan_tokens: What the scan reads, in the plan's order; ``None`` without one.
+        scan_tokens: What the scan reads, in input order; ``None`` without one.
         tokens_read: Whether tokens are to read, from states or a scan.
         bptt_segments: See :func:`nsm_graph.models.loop.read_segments`.
         checkpoint_segments: The same.
@@ -44,12 +44,14 @@ def read_sequence(
     cell_states = None
     if state.cell is not None:
         cell_states = _reorder(state.cell, plan.example_order, num_states)
+    reads: Tensor | None
     reason = why_not_fused(cell, states, record=record is not None, bptt_segments=bptt_segments)
     if reason is None:
         keep = checkpoint_segments is None
-        trace, mass = read_fused(
-            cell, states, cell_states, tokens, plan, importance, state.slots, keep
-        )
+        trace, mass, reads = read_fused(
+            cell, states, cell_states, tokens, plan, importance, state.slots, keep,
+            scan_tokens=scan_tokens, scan_reads=tokens_read,
+        )  # fmt: skip
         tokens = tokens[plan.token_order] if tokens_read else tokens
     else:
         say_why_not(reason)
@@ -60,7 +62,7 @@ def read_sequence(
             plan.relation,
             importance,
             state.slots,
-            scan_tokens=scan_tokens,
+            scan_tokens=None if scan_tokens is None else scan_tokens[plan.token_order],
             scan_reads=tokens_read,
         )
         mass = cell.routing_mass(weights, hoisted.relation)
@@ -74,6 +76,8 @@ def read_sequence(
             checkpoint_segments=checkpoint_segments,
             record=record is not None,
         )
+        found = [read for read in trace.reads if read is not None]
+        reads = plan.relation.sources.unpad(torch.cat(found)) if found else None
         if record is not None:
             _fill(record, plan, trace, weights, [step.relation for step in inputs])
     rank = torch.argsort(plan.example_order)
@@ -87,7 +91,6 @@ def read_sequence(
         state.slots,
         state.tail,
     )
-    reads = [read for read in trace.reads if read is not None]
     return Reading(
         state=new_state,
         tokens=tokens,
@@ -95,7 +98,7 @@ def read_sequence(
         relation=plan.relation,
         before=trace.before,
         after=trace.after,
-        reads=plan.relation.sources.unpad(torch.cat(reads)) if reads else None,
+        reads=reads,
         groups=plan.group_example,
         mass=mass,
     )

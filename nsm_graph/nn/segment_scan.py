@@ -391,9 +391,7 @@ class SegmentScan(nn.Module):
             after.append(scanned_BNHD)
             first += layer.heads
             if read_BSHD is not None:
-                # Back in the layer's own precision: only states and their maps need more.
-                read = read_BSHD.flatten(2).to(self.lin_read.weight.dtype)
-                reads.append(self.norms[index](read))
+                reads.append(self._norm(index, read_BSHD.flatten(2)))
         after.append(heads_BNHD[:, :, first:])
         new = targets.unpad(torch.cat(after, 2).flatten(2))
         new_states = new.to(states.dtype)
@@ -405,6 +403,14 @@ class SegmentScan(nn.Module):
         if tokens is not None:
             out_BSC = out_BSC + self._mix(-1, tokens.x_BSC, reads[-1])
         return new_states, out_BSC
+
+    def read_out(self, read: Tensor) -> Tensor:
+        """What tokens read of all scanned heads, to ``[.., C_t]``; of a scan of one layer."""
+        return self.lin_read(self._norm(0, read))
+
+    def _norm(self, layer: int, read: Tensor) -> Tensor:
+        # Back in the layer's own precision: only states and their maps need more.
+        return self.norms[layer](read.to(self.lin_read.weight.dtype))
 
     def _mix(self, layer: int, x_BSC: Tensor, read_BSX: Tensor) -> Tensor:
         """What a layer's read says about each token, ``[B, S, C_t]``."""

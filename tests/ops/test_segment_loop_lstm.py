@@ -314,7 +314,7 @@ def test_tokens_give_what_their_rows_give(
     given |= {name: case.rows[name] for name in ("states", "cell")}
     given = {f"{name} {i}": x for i, (name, x) in enumerate(given.items()) if x is not None}
     num_threads(2)
-    after, final, mass, cell = token_loop(
+    after, final, mass, cell, _ = token_loop(
         case.rows["states"], tokens.x, torch.tensor(tokens.first), tokens.weights, case.segments,
         case.weights, heads, cell=case.rows["cell"], keep=keep, backend="cpu",
     )  # fmt: skip

@@ -10,10 +10,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nsm_graph.ops.hoist import HoistWeights, TokenGroups, check_tokens, hoist
+from nsm_graph.ops.hoist import HoistWeights, TokenGroups, check_tokens
 from nsm_graph.ops.segment_loop import reference
 from nsm_graph.ops.segment_loop.inputs import LoopSegments as LoopSegments
 from nsm_graph.ops.segment_loop.inputs import LoopWeights as LoopWeights
+from nsm_graph.ops.segment_loop.inputs import TokenResults as TokenResults
+from nsm_graph.ops.segment_loop.scan import LoopScan as LoopScan
+from nsm_graph.ops.segment_loop.scan import check_scan
 
 BACKENDS = ("cpu", "reference")
 
@@ -105,12 +108,16 @@ def token_loop(
     weights: LoopWeights,
     heads: int,
     *,
+    scan: LoopScan | None = None,
     talk_heads: int | None = None,
     cell: Tensor | None = None,
     keep: bool = True,
     backend: str | None = None,
-) -> tuple[Tensor, ...]:
+) -> TokenResults:
     r"""The same from tokens: :func:`nsm_graph.ops.hoist`, whose results never leave the cache.
+
+    With a scan the tokens of a segment first act on the states one after another
+    (:func:`nsm_graph.ops.delta_scan.delta_scan`), and the step reads the states that this leaves.
 
     Args:
         states: The states before the first step.
@@ -120,6 +127,7 @@ def token_loop(
         segments: The steps.
         weights: The cell's.
         heads: H, of router and attention.
+        scan: An ordered scan of one layer. (default: :obj:`None`)
         talk_heads: Heads of communication; ``None`` for as many. (default: :obj:`None`)
         cell: See :func:`segment_loop`.
         keep: The same.
@@ -129,7 +137,9 @@ def token_loop(
         - **input:** for S groups, states :math:`(BN, C)`, x :math:`(T, C_t)`, first :math:`(S,)`
         - **output:** states after every step :math:`(SN, C)` and after the last of each example
           :math:`(BN, C)`; how much routing weight each state received of each group,
-          :math:`(SN,)`, constants to autograd; of an LSTM also the last cell, :math:`(BN, G)`
+          :math:`(SN,)`, constants to autograd; the last cell of an LSTM, :math:`(BN, G)`; what
+          tokens read from a scan with T + M heads of D channels, group by group,
+          :math:`(T, (T + M) D)`. See :class:`TokenResults`
 
     Raises:
         ValueError: If shapes or types disagree, or the backend does not know what it is given.
@@ -142,19 +152,16 @@ def token_loop(
     tokens = x.new_empty(1, 1).expand(int(segments.token_ptr[-1]), projections.key.size(0))
     talk_heads = heads if talk_heads is None else talk_heads
     _check(states, rows, tokens, tokens, segments, weights, heads, talk_heads, cell)
+    if scan is not None:
+        check_scan(scan, x, num_states, states.size(-1))
     if backend == "reference" or first.numel() == 0:
-        key, value, routed, routing = hoist(x, groups, projections, heads, backend="reference")
-        lengths = segments.token_ptr.diff().repeat_interleave(num_states).to(x.device)
-        rows = torch.arange(lengths.numel(), device=x.device).repeat_interleave(lengths)
-        mass = routing.new_zeros(lengths.numel()).index_add(0, rows, routing)
-        after, final, *final_cell = reference.segment_loop(
-            states, routed, key, value, segments, weights, heads, talk_heads, cell
+        return reference.token_loop(
+            states, x, first, projections, segments, weights, heads, talk_heads, cell, scan
         )
-        return after, final, mass, *final_cell
     from nsm_graph.ops.segment_loop import fused
 
     return fused.token_loop(
-        states, x, first, projections, segments, weights, heads, talk_heads, keep, cell
+        states, x, first, projections, segments, weights, heads, talk_heads, keep, cell, scan
     )
 
 

@@ -11,15 +11,17 @@ from torch import Tensor
 
 from nsm_graph.ops.cpu import arrays
 from nsm_graph.ops.cpu.threads import run_all
+from nsm_graph.ops.delta_scan.cpu.arrays import Layout
 from nsm_graph.ops.derivatives import needs_reference, through_reference
-from nsm_graph.ops.hoist import reference as hoist_reference
 from nsm_graph.ops.hoist.cpu import Scratch as HoistScratch
 from nsm_graph.ops.hoist.cpu import Weights as HoistArrays
 from nsm_graph.ops.hoist.fused import Projections, make_scratch, make_token_grads
-from nsm_graph.ops.hoist.inputs import HoistWeights, TokenGroups
+from nsm_graph.ops.hoist.inputs import HoistWeights
 from nsm_graph.ops.segment_loop import cpu, reference
-from nsm_graph.ops.segment_loop.inputs import LoopSegments, LoopWeights
+from nsm_graph.ops.segment_loop.inputs import LoopSegments, LoopWeights, TokenResults
 from nsm_graph.ops.segment_loop.parameters import turn, turn_back
+from nsm_graph.ops.segment_loop.scan import LoopScan
+from nsm_graph.ops.segment_loop.scan_run import ScanRun
 
 #: Bytes of one step's activations that a thread works on: they are to stay in its cache.
 STEP_BYTES = 1 << 19
@@ -49,9 +51,10 @@ def segment_loop(
 ) -> tuple[Tensor, ...]:
     """States after every step and after each example's last, and an LSTM's last cell."""
     values = None if key is value else value
-    given = [states, cell, routed, key, values, *[None] * 9, *weights]
-    after, final, _, *final_cell = _apply(given, segments, None, heads, talk_heads, keep)
-    return after, final, *final_cell
+    given = [states, cell, routed, key, values, *[None] * 9, *weights, *[None] * 3]
+    after, final, _, final_cell, _ = _apply(given, segments, None, heads, talk_heads, keep)
+    results = (after, final, final_cell)
+    return tuple(x for x in results if x is not None)
 
 
 def token_loop(
@@ -65,10 +68,13 @@ def token_loop(
     talk_heads: int,
     keep: bool,
     cell: Tensor | None,
-) -> tuple[Tensor, ...]:
-    """The same of tokens; third is the routing weight that each state received of each group."""
-    given = [states, cell, None, None, None, x, *projections, *weights]
-    return _apply(given, segments, first, heads, talk_heads, keep)
+    scan: LoopScan | None,
+) -> TokenResults:
+    """The same of tokens."""
+    scanned: list[Tensor | None] = [None] * 3 if scan is None else list(scan[:3])
+    given = [states, cell, None, None, None, x, *projections, *weights, *scanned]
+    options = None if scan is None else scan[3:]
+    return TokenResults(*_apply(given, segments, first, heads, talk_heads, keep, options))
 
 
 def _apply(
@@ -78,11 +84,11 @@ def _apply(
     heads: int,
     talk_heads: int,
     keep: bool,
-) -> tuple[Tensor, ...]:
+    scan: tuple[Layout, float] | None = None,
+) -> tuple[Tensor | None, ...]:
     has_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
-    call = _Call(segments, first, heads, talk_heads, keep and has_grad, has_grad)
-    results = _Loop.apply(call, *given)
-    return tuple(x for x in results if x is not None)
+    call = _Call(segments, first, heads, talk_heads, scan, keep and has_grad, has_grad)
+    return _Loop.apply(call, *given)
 
 
 class _Call(NamedTuple):
@@ -92,6 +98,7 @@ class _Call(NamedTuple):
     first: Tensor | None  #: where the tokens of each group begin, if the loop is given tokens
     heads: int
     talk_heads: int  #: of communication
+    scan: tuple[Layout, float] | None  #: layout and stretch
     is_kept: bool
     has_grad: bool
 
@@ -107,49 +114,53 @@ class _Given(NamedTuple):
     x: Any  #: None where rows are given, as all projections are
     projections: HoistWeights
     weights: LoopWeights
+    scan: LoopScan | None
 
 
-def _name(given: Any) -> _Given:
-    states, cell, routed, key, value, x = given[:6]
-    projections, weights = HoistWeights(*given[6:14]), LoopWeights(*given[14:])
-    return _Given(states, cell, routed, key, value, x, projections, weights)
+def _name(call: _Call, given: Any) -> _Given:
+    projections, weights = HoistWeights(*given[6:14]), LoopWeights(*given[14:-3])
+    scan = None if call.scan is None else LoopScan(*given[-3:], *call.scan)
+    return _Given(*given[:6], projections, weights, scan)
 
 
 class _Loop(torch.autograd.Function):
     @staticmethod
     def forward(ctx, call, *given):  # type: ignore[no-untyped-def]
-        run = _Run(call, _name(given))
-        after, final, mass, final_cell = run.forward()
+        run = _Run(call, _name(call, given))
+        after, final, mass, final_cell, reads = run.forward()
         ctx.run, ctx.call = run, call
         ctx.save_for_backward(*given, after)
         ctx.mark_non_differentiable(mass)
         ctx.set_materialize_grads(False)  # most want the final states only
-        return after, final, mass, final_cell
+        return after, final, mass, final_cell, reads
 
     @staticmethod
-    def backward(ctx, d_after, d_final, _, d_final_cell):  # type: ignore[no-untyped-def]
+    def backward(ctx, d_after, d_final, _, d_final_cell, d_reads):  # type: ignore[no-untyped-def]
         *given, after = ctx.saved_tensors
-        grads = [d_after, d_final] if given[1] is None else [d_after, d_final, d_final_cell]
+        grads = [d_after, d_final, d_final_cell, d_reads]
         if all(grad is None for grad in grads):  # what read them had no gradient itself
             return None, *[None] * len(given)
         if needs_reference(grads):
             results = partial(_reference, ctx.call)
             return None, *through_reference(results, given, grads)
-        return None, *ctx.run.backward(*grads[:2], after, *grads[2:])
+        return None, *ctx.run.backward(*grads, after)
 
 
-def _reference(call: _Call, *given: Tensor | None) -> tuple[Tensor, ...]:
-    """States and, of an LSTM, the last cell, in plain torch."""
-    own = _name(given)
-    routed, key, value = own.routed, own.key, own.key if own.value is None else own.value
+def _reference(call: _Call, *given: Tensor | None) -> tuple[Tensor | None, ...]:
+    """States, the last cell and what tokens read, in plain torch; None for what there is not."""
+    own = _name(call, given)
     if own.x is not None:
         assert call.first is not None
-        groups = TokenGroups(call.first, call.segments.token_ptr)
-        key, value, routed, _ = hoist_reference.hoist(own.x, groups, own.projections, call.heads)
-    return reference.segment_loop(
-        own.states, routed, key, value, call.segments, own.weights, call.heads, call.talk_heads,
-        own.cell,
+        after, final, _, *rest = reference.token_loop(
+            own.states, own.x, call.first, own.projections, call.segments, own.weights,
+            call.heads, call.talk_heads, own.cell, own.scan,
+        )  # fmt: skip
+        return after, final, *rest
+    after, final, *last = reference.segment_loop(
+        own.states, own.routed, own.key, own.key if own.value is None else own.value,
+        call.segments, own.weights, call.heads, call.talk_heads, own.cell,
     )  # fmt: skip
+    return after, final, last[0] if last else None, None
 
 
 # One call ##########################################################################
@@ -169,6 +180,7 @@ class _Run:
         self.has_tokens, self.has_talk = given.x is not None, given.weights.qkv is not None
         self.gated, self.talk_heads = given.weights.gated, call.talk_heads if self.has_talk else 0
         self.num_groups, self.num_tokens = len(ptr) - 1, int(ptr[-1])
+        self.scan = ScanRun(given.scan, self.dtype)
         self.projections = Projections(given.projections) if self.has_tokens else None
         if given.x is not None:
             self.is_shared = given.projections.value is None
@@ -233,18 +245,19 @@ class _Run:
         tokens = ptr[np.minimum(group + counts, len(ptr) - 1)] - ptr[group]
         sizes = cpu.record_size(
             counts * self.num_states, tokens, self.states.shape[1], self.gated, self.num_states,
-            self.heads, self.talk_heads, self.num_gates,
+            self.heads, self.talk_heads, self.num_gates, self.scan.channels > 0,
         )  # fmt: skip
         ends = sizes.cumsum().reshape(sizes.shape)
         cuts = np.cumsum([len(part) for part in self.chunks])[:-1]
         return [np.ascontiguousarray(x) for x in np.split(ends - sizes, cuts)], int(ends[-1, -1])
 
-    def forward(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    def forward(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
         self.kept, *results = self._read()
-        after, final, mass, final_cell = results
-        return after, final, mass, None if self.cell is None else final_cell
+        after, final, mass, final_cell, reads = results
+        final_cell = None if self.cell is None else final_cell
+        return after, final, mass, final_cell, reads if len(reads) > 0 else None
 
-    def _read(self) -> tuple[np.ndarray, Tensor, Tensor, Tensor, Tensor]:
+    def _read(self) -> tuple[np.ndarray, Tensor, Tensor, Tensor, Tensor, Tensor]:
         kept = self._take()
         final_cell = torch.from_numpy(self._no_rows() if self.cell is None else self.cell).clone()
         channels = self.states.shape[1]
@@ -254,9 +267,11 @@ class _Run:
         num_read = int(self.segments.num_active[0]) * self.num_states
         final[num_read:] = torch.from_numpy(self.states[num_read:])
         tokens = self._tokens(mass.numpy())
+        reads = self.scan.make_reads(self.num_tokens)
+        scan = self.scan.given(reads.numpy())
         calls = [
             (
-                self.states, self._cells(kept, final_cell.numpy()), self.rows, tokens,
+                self.states, self._cells(kept, final_cell.numpy()), self.rows, tokens, scan,
                 self.segments, self.weights, self._made(), self._scratch(),
                 kept[: self.kept_size], places, after.numpy(), final.numpy(), self.heads,
                 self.talk_heads, self.num_states, chunks,
@@ -264,14 +279,15 @@ class _Run:
             for chunks, places in zip(self.chunks, self.places, strict=True)
         ]  # fmt: skip
         run_all(cpu.forward_kernel, calls)
-        return kept, after, final, mass, final_cell
+        return kept, after, final, mass, final_cell, reads
 
     def backward(
         self,
         d_after: Tensor | None,
         d_final: Tensor | None,
+        d_final_cell: Tensor | None,
+        d_reads: Tensor | None,
         after: Tensor,
-        d_final_cell: Tensor | None = None,
     ) -> list[Tensor | None]:
         # Whoever goes back through a retained graph at the same time must not use this, too.
         kept, self.kept = self.kept, None
@@ -294,16 +310,21 @@ class _Run:
         tokens = self._tokens(self._empty(0))
         d_x = make_token_grads(self.x, self.num_tokens, self.dtype)
         token_grads = [self._token_grads(tokens, d_x.numpy()) for _ in self.chunks]
+        scan = self.scan.given(self.scan.make_reads(self.num_tokens).numpy())
+        d_scan_x = self.scan.make_d_x(self.num_tokens)
+        no_reads = self._empty(0, self.scan.channels)
+        d_read = no_reads if d_reads is None else arrays.array(d_reads)
+        scan_grads = [self.scan.make_grads(d_scan_x.numpy(), d_read) for _ in self.chunks]
         calls = [
             (
-                *given, self.states, self._cells(kept, self._no_rows()), self.rows, tokens,
+                *given, self.states, self._cells(kept, self._no_rows()), self.rows, tokens, scan,
                 self.segments, self.weights, turned, self._made(), self._scratch(),
                 kept[: self.kept_size], places, after.numpy(),
                 cpu.Weights(*(x.numpy() for x in part)), d_states, d_cells, d_rows, own,
-                self.heads, self.talk_heads, self.num_states, chunks, self.is_shared,
+                scanned, self.heads, self.talk_heads, self.num_states, chunks, self.is_shared,
             )
-            for part, own, chunks, places in zip(
-                grads, token_grads, self.chunks, self.places, strict=True
+            for part, own, scanned, chunks, places in zip(
+                grads, token_grads, scan_grads, self.chunks, self.places, strict=True
             )
         ]  # fmt: skip
         run_all(cpu.backward_kernel, calls)
@@ -316,10 +337,13 @@ class _Run:
         ]
         if self.projections is not None:
             projections = self.projections.total([own.weights for own in token_grads])
-            return [*before, None, None, None, d_x, *projections, *found]
+            scanned = [None] * 3
+            if self.scan.channels > 0:
+                scanned = [d_scan_x, *self.scan.total(scan_grads)]
+            return [*before, None, None, None, d_x, *projections, *found, *scanned]
         key, value, routed = map(torch.from_numpy, d_rows)
         rows = [routed, key, None if self.is_shared else value]
-        return [*before, *rows, None, *[None] * 8, *found]
+        return [*before, *rows, None, *[None] * 8, *found, *[None] * 3]
 
     def _like_rows(self) -> cpu.Rows:
         key, value, routed = (self._empty(*x.shape) for x in self.rows)
@@ -380,6 +404,9 @@ class _Run:
             rows=self._step_rows(),
             d_rows=self._step_rows(),
             hoist=self._hoist_scratch(),
+            scan=self.scan.make_scratch(
+                self.most_examples * self.longest, self.longest, rows, channels
+            ),
             after=empty(rows, channels),
             cell=empty(cell_rows, self.gated),
             d_state=empty(rows, channels),

@@ -37,6 +37,16 @@ class LoopWeights(NamedTuple):
         return self.gates.size(0) // (4 if self.candidate is None else 2)
 
 
+class TokenResults(NamedTuple):
+    """What reading tokens into states gives."""
+
+    after: Tensor  #: [groups N, C], states after every step
+    final: Tensor  #: [B N, C], after the last of each example
+    mass: Tensor  #: [groups N], the routing weight that each state received of each group
+    cell: Tensor | None  #: [B N, G], an LSTM's last one
+    reads: Tensor | None  #: [tokens, channels of the scan], what tokens read from a scan
+
+
 class LoopSegments(NamedTuple):
     """Which tokens and which examples each step of the loop concerns, int64 on the host."""
 

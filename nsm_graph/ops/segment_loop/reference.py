@@ -6,11 +6,59 @@ K = C - G kept, H heads, D = C / H, L tokens of a group.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nsm_graph.ops.segment_loop.inputs import LoopSegments, LoopWeights
+from nsm_graph.ops.hoist import HoistWeights, TokenGroups
+from nsm_graph.ops.hoist import reference as hoisting
+from nsm_graph.ops.segment_loop.inputs import LoopSegments, LoopWeights, TokenResults
+from nsm_graph.ops.segment_loop.scan import LoopScan, advance
+
+
+def token_loop(
+    states: Tensor,
+    x: Tensor,
+    first: Tensor,
+    projections: HoistWeights,
+    segments: LoopSegments,
+    w: LoopWeights,
+    heads: int,
+    talk_heads: int,
+    cell: Tensor | None,
+    scan: LoopScan | None,
+) -> TokenResults:
+    """Hoists what depends on tokens only, then loops over segments; scans each one before it."""
+    groups = TokenGroups(first, segments.token_ptr)
+    key, value, routed, routing = hoisting.hoist(x, groups, projections, heads)
+    num_states = projections.logits.size(0) // heads
+    lengths = segments.token_ptr.diff().repeat_interleave(num_states).to(x.device)
+    rows = torch.arange(lengths.numel(), device=x.device).repeat_interleave(lengths)
+    mass = routing.detach().new_zeros(lengths.numel()).index_add(0, rows, routing.detach())
+    reads: list[Tensor] = []
+    read_first = None
+    if scan is not None:
+        ptr = segments.token_ptr
+
+        def read_first(states: Tensor, group: int, count: int) -> Tensor:
+            counts = ptr[group : group + count + 1].diff()
+            starts = first[group : group + count]
+            own = [scan.x[a : a + n] for a, n in zip(starts.tolist(), counts.tolist(), strict=True)]
+            weights = routing[int(ptr[group]) * num_states : int(ptr[group + count]) * num_states]
+            states, found = advance(scan, states, torch.cat(own), weights, counts)
+            reads.append(found)
+            return states
+
+    after, final, *last = segment_loop(
+        states, routed, key, value, segments, w, heads, talk_heads, cell, read_first
+    )
+    found = None
+    if scan is not None and scan.layout.reads > 0:
+        nothing = x.new_empty(0, scan.channels)
+        found = torch.cat([nothing, *reads])
+    return TokenResults(after, final, mass, last[0] if last else None, found)
 
 
 def segment_loop(
@@ -23,10 +71,12 @@ def segment_loop(
     heads: int,
     talk_heads: int,
     cell: Tensor | None = None,
+    read_first: Callable[[Tensor, int, int], Tensor] | None = None,
 ) -> tuple[Tensor, ...]:
     """States after every step, ``[groups N, C]``, and after each example's last, ``[B N, C]``.
 
-    Of an LSTM also the cell after each example's last step.
+    Of an LSTM also the cell after each example's last step. Where given, ``read_first`` takes the
+    states, the first group and the number of groups of a step, and gives the states that it reads.
     """
     token_ptr, num_active = segments
     num_groups = token_ptr.numel() - 1
@@ -44,6 +94,8 @@ def segment_loop(
         first, end = int(token_ptr[group]), int(token_ptr[group + count])
         state = states[: count * num_states]
         finished.append(states[count * num_states :])
+        if read_first is not None:
+            state = read_first(state, group, count)
         key_BLC, mask_BL = _padded(key[first:end], counts)
         value_BLC, _ = _padded(value[first:end], counts)
         rows = slice(group * num_states, (group + count) * num_states)

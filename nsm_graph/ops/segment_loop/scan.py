@@ -1,4 +1,4 @@
-"""The ordered scan of a segment's tokens as a part of the loop: what it is given, and its definition.
+"""The ordered scan of a segment's tokens as a part of the loop: what it is given, what it is.
 
 Legend: B examples of a step, S tokens of the longest, N states, T and M transition and memory heads
 of D channels, which are the first of each state.

@@ -54,7 +54,9 @@ class ScanRun:
         return [torch.from_numpy(sum(weights[1:], weights[0])).t(),
                 torch.from_numpy(sum(biases[1:], biases[0]))]  # fmt: skip
 
-    def make_scratch(self, most_tokens: int, longest: int, num_rows: int, width: int) -> ScanScratch:
+    def make_scratch(
+        self, most_tokens: int, longest: int, num_rows: int, width: int
+    ) -> ScanScratch:
         """Room for a step of so many tokens and states, of examples of at most ``longest`` tokens.
 
         What stands behind rows and columns is zero, and stays so.

@@ -104,6 +104,7 @@ class Scratch(NamedTuple):
     rows: Rows  #: a step's, where they are made of tokens
     d_rows: Rows
     hoist: Any  #: hoist.cpu.Scratch
+    scan: Any  #: ScanScratch
     after: Array  #: [rows, C], a step's result that is made again
     cell: Array  #: [rows, G], an LSTM's, made again
     d_state: Array  #: [rows, C], kept channels first; gradients, by the names of `Made`

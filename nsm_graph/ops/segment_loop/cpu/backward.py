@@ -25,7 +25,14 @@ from nsm_graph.ops.segment_loop.cpu.arrays import (
     Weights,
 )
 from nsm_graph.ops.segment_loop.cpu.forward import copy_rows, take_step, update_cell
-from nsm_graph.ops.segment_loop.cpu.history import recall
+from nsm_graph.ops.segment_loop.cpu.history import recall, recall_states
+from nsm_graph.ops.segment_loop.cpu.scan import (
+    Scan,
+    ScanGrads,
+    make_block,
+    scan_block,
+    scan_block_backward,
+)
 
 # One step ##########################################################################
 
@@ -271,6 +278,7 @@ def backward_kernel(
     cells: Cells,
     rows: Rows,
     tokens: Tokens,
+    scan: Scan,
     segments: Segments,
     w: Weights,
     t: Weights,
@@ -284,6 +292,7 @@ def backward_kernel(
     d_cells: Array,
     d_rows: Rows,
     d_tokens: TokenGrads,
+    d_scan: ScanGrads,
     heads: int,
     talk_heads: int,
     num_states: int,
@@ -332,19 +341,29 @@ def backward_kernel(
                     tokens.weights, scratch.hoist, tokens.x, tokens.first, ptr, group,
                     group + count, key, value, routed, tokens.heads, num_states,
                 )  # fmt: skip
+            scanned = scratch.scan.states[:num_rows]  # no rows without a scan
+            if scan.x.shape[0] > 0:
+                make_block(
+                    scan, scratch.scan, scratch.hoist.weights, tokens.first, ptr, group,
+                    group + count,
+                )  # fmt: skip
+                if kept.shape[0] == 0:
+                    scan_block(scan, scratch.scan, ptr, group, group + count, before)
+            read = scanned if scan.x.shape[0] > 0 else before  # the states that the step reads
             found = cells.found[group * num_states * gated :]
             if is_lstm:
                 _fill_rows(scratch.cell, found, num_rows)
             if kept.shape[0] > 0:
+                place = recall_states(scanned, kept, places[chunk, step])
                 recall(
-                    made, kept, places[chunk, step], before, num_rows, end - first, num_states,
+                    made, kept, place, read, num_rows, end - first, num_states,
                     heads, talk_heads,
                 )  # fmt: skip
                 if is_lstm:
                     update_cell(scratch.cell, made, num_rows)
             else:
                 take_step(
-                    scratch.after[:num_rows], w, made, before, scratch.cell, key, value, routed,
+                    scratch.after[:num_rows], w, made, read, scratch.cell, key, value, routed,
                     ptr, group, count, num_states, heads, talk_heads, scratch.turned,
                 )  # fmt: skip
             if count > known:
@@ -372,6 +391,12 @@ def backward_kernel(
                 t, made, scratch, grads, found, key, value, d_key, d_value, d_routed,
                 ptr, group, count, num_states, heads, is_shared,
             )  # fmt: skip
+            scratch.hoist.d_weights[:] = zero
+            if scan.x.shape[0] > 0:
+                scan_block_backward(
+                    scan, d_scan, scratch.scan, scratch.hoist.d_weights, tokens.first, ptr, group,
+                    group + count, before, d_state,
+                )  # fmt: skip
             if has_tokens:
                 hoist_block_backward(
                     tokens.weights, d_tokens.turned, scratch.hoist, d_tokens.weights, tokens.first,

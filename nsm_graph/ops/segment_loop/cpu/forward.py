@@ -26,7 +26,8 @@ from nsm_graph.ops.segment_loop.cpu.arrays import (
     Tokens,
     Weights,
 )
-from nsm_graph.ops.segment_loop.cpu.history import keep, place_states
+from nsm_graph.ops.segment_loop.cpu.history import keep, keep_states, place_states
+from nsm_graph.ops.segment_loop.cpu.scan import Scan, make_block, scan_block
 
 # One step ##########################################################################
 
@@ -221,6 +222,7 @@ def forward_kernel(
     cells: Cells,
     rows: Rows,
     tokens: Tokens,
+    scan: Scan,
     segments: Segments,
     w: Weights,
     made: Made,
@@ -262,6 +264,14 @@ def forward_kernel(
             else:
                 key, value = rows.key[first:end], rows.value[first:end]
                 routed = rows.routed[group * num_states :]
+            scanned = scratch.scan.states[: count * num_states]  # no rows without a scan
+            if scan.x.shape[0] > 0:
+                make_block(
+                    scan, scratch.scan, scratch.hoist.weights, tokens.first, ptr, group,
+                    group + count,
+                )  # fmt: skip
+                scan_block(scan, scratch.scan, ptr, group, group + count, before)
+                before = scanned
             cell = cells.now[example * num_states : (example + count) * num_states]
             if cells.found.shape[0] > 0:
                 place = group * num_states * gated
@@ -271,8 +281,9 @@ def forward_kernel(
                 heads, talk_heads, scratch.turned,
             )  # fmt: skip
             if kept.shape[0] > 0:
+                place = keep_states(kept, places[chunk, step], scanned)
                 keep(
-                    kept, places[chunk, step], made, count * num_states, end - first, num_states,
+                    kept, place, made, count * num_states, end - first, num_states,
                     heads, talk_heads,
                 )  # fmt: skip
             # Those that read on overwrite this.

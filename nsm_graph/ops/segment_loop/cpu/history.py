@@ -19,12 +19,13 @@ ALIGNMENT = 16
 
 
 def record_size(rows: Any, tokens: Any, channels: int, gated: int, num_states: int, heads: int,
-                talk_heads: int, num_gates: int = 3) -> Any:  # fmt: skip
-    """Numbers that :func:`keep` writes for a step of so many rows and tokens.
+                talk_heads: int, num_gates: int = 3, has_scan: bool = False) -> Any:  # fmt: skip
+    """Numbers that a step of so many rows and tokens keeps.
 
     States that do not talk have no ``talk_heads``: 0.
     """
-    parts = [rows * channels] * 3 + [tokens * heads * num_states, num_gates * rows * gated]
+    parts = [rows * channels] * (3 + has_scan)
+    parts += [tokens * heads * num_states, num_gates * rows * gated]
     if talk_heads > 0:
         parts += [3 * rows * gated, rows * talk_heads * num_states]
         parts += [rows * gated] * 2 + [rows]
@@ -41,6 +42,12 @@ def _keep(kept, place, part):  # type: ignore[no-untyped-def]
     """Writes a part; where the next one begins."""
     vectors.write_past(kept, place, part)
     return _aligned(place + part.shape[0])
+
+
+@numba.njit(**INNER)
+def keep_states(kept, place, states):  # type: ignore[no-untyped-def]
+    """Writes the states that a scan left; where the rest begins."""
+    return _keep(kept, place, states.reshape(-1))
 
 
 @numba.njit(**INNER)
@@ -84,6 +91,12 @@ def _recall(part, kept, place):  # type: ignore[no-untyped-def]
     for i in range(part.shape[0]):
         part[i] = source[i]
     return _aligned(place + part.shape[0])
+
+
+@numba.njit(**INNER)
+def recall_states(states, kept, place):  # type: ignore[no-untyped-def]
+    """Reads the states that a scan left; where the rest begins."""
+    return _recall(states.reshape(-1), kept, place)
 
 
 @numba.njit(**INNER)

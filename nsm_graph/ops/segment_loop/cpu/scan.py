@@ -57,9 +57,7 @@ def make_block(scan_in, s, weights, first, ptr, group, end):  # type: ignore[no-
             source, target = scan_in.x[first[g] + i], s.x[ptr[g] - start + i]
             for j in range(target.shape[0]):
                 target[j] = source[j]
-    make_steps(
-        scan_in.layout, scan_in.projection, scan_in.stretch, s.steps, s.inverse, s.x[:count]
-    )
+    make_steps(scan_in.layout, scan_in.projection, scan_in.stretch, s.steps, s.inverse, s.x[:count])
     vectors.transpose(s.steps.weights[:count], weights[:, :count])
 
 
@@ -79,7 +77,7 @@ def scan_block(scan_in, s, ptr, group, end, before):  # type: ignore[no-untyped-
 def scan_block_backward(scan_in, grads, s, d_weights, first, ptr, group, end, before, d_states):  # type: ignore[no-untyped-def]
     """From the gradients of the states after the scan to those before it, in place.
 
-    The block's steps are those that `make_block` has just made. Sets ``d_weights``, ``[N, tokens]``.
+    The block's steps are those that `make_block` has just made. Sets ``d_weights``, [N, tokens].
     """
     num_states, start, count = scan_in.layout.num_states, ptr[group], ptr[end] - ptr[group]
     s.steps.d_weights[:count] = d_states.dtype.type(0)
