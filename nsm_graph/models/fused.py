@@ -19,6 +19,7 @@ from nsm_graph.models.cell import StateMachineCell
 from nsm_graph.models.fused_scan import loop_scan
 from nsm_graph.models.loop import Trace
 from nsm_graph.models.segments import SegmentPlan
+from nsm_graph.models.state import ScanTokens
 from nsm_graph.nn import (
     HybridAttention,
     SegmentScan,
@@ -94,7 +95,7 @@ def read_fused(
     slots: Tensor,
     keep: bool,
     *,
-    scan_tokens: Tensor | None,
+    scanned: ScanTokens | None,
     scan_reads: bool,
 ) -> tuple[Trace, Tensor | None, Tensor | None]:
     """Hoists and reads tokens in input order.
@@ -112,8 +113,9 @@ def read_fused(
     if _hoists_plainly(cell):
         projections = _projections(cell, importance, slots)
         scan = None
-        if scan_tokens is not None:
-            scan = loop_scan(cell.scan, scan_tokens, slots, scan_reads)
+        if scanned is not None:
+            tail = None if scanned.tail is None else scanned.tail[plan.example_order]
+            scan = loop_scan(cell.scan, scanned.x, tail, slots, scan_reads)
         after, final, received, last_cell, found = token_loop(
             states, tokens, plan.groups.first, projections, segments, loop_weights(cell), heads,
             scan=scan, talk_heads=talk_heads, cell=cell_states, keep=keep, backend="cpu",

@@ -11,8 +11,10 @@ from nsm_graph.ops.delta_scan.cpu.arrays import make_layout
 from nsm_graph.ops.segment_loop import LoopScan
 
 
-def loop_scan(scan: SegmentScan, x: Tensor, slots: Tensor, reads: bool) -> LoopScan:
-    """The scan over tokens ``x``, for states in these slots."""
+def loop_scan(
+    scan: SegmentScan, x: Tensor, tail: Tensor | None, slots: Tensor, reads: bool
+) -> LoopScan:
+    """The scan over tokens ``x`` behind their examples' ``tail``, for states in these slots."""
     layer = scan.layers[0]
     transition: TransitionHeads | None = layer.transition
     memory: MemoryHeads | None = layer.memory
@@ -44,7 +46,11 @@ def loop_scan(scan: SegmentScan, x: Tensor, slots: Tensor, reads: bool) -> LoopS
     ]
     weights, biases = zip(*(part for part in parts if part is not None), strict=True)
     stretch = layer.memory.stretch if transition is None else transition.stretch
-    return LoopScan(x, torch.cat(weights), torch.cat(biases), layout, float(stretch))
+    convolution = None if scan.convolution is None else scan.convolution.lin
+    return LoopScan(
+        x, torch.cat(weights), torch.cat(biases), *(_of(convolution) or (None, None)), tail,
+        layout, float(stretch),
+    )  # fmt: skip
 
 
 def _of(part: nn.Module | None) -> tuple[Tensor, Tensor] | None:

@@ -20,7 +20,7 @@ from nsm_graph.models.predict import predict
 from nsm_graph.models.segments import SegmentPlan, plan_segments
 from nsm_graph.models.sequence import read_sequence
 from nsm_graph.models.snapping import fit_snap
-from nsm_graph.models.state import MachineOutput, MachineState, Record
+from nsm_graph.models.state import MachineOutput, MachineState, Record, ScanTokens
 from nsm_graph.nn import (
     GraphPosition,
     LearnedPosition,
@@ -362,15 +362,21 @@ class NeuralStateMachine(nn.Module):
                 state.slots.numel(),
                 tokens.device,
             )
-            scan_tokens, tail = self._scan_tokens(tokens, ptr, state)
+            scanned = None
+            if self.cell.scan is not None:
+                examples = Partition.from_ptr(ptr)
+                scanned = ScanTokens(self.dropout(tokens), examples, state.tail)
+                state = replace(
+                    state, tail=TokenConvolution.next_tail(tokens, examples, state.tail)
+                )
             tokens = self._add_position(tokens, plan, ptr, state)
             reading = read_sequence(
                 self.cell,
                 self.dropout(tokens),
                 plan,
-                replace(state, tail=tail),
+                state,
                 self.manager.importance,
-                scan_tokens=scan_tokens,
+                scanned=scanned,
                 tokens_read=isinstance(self.head, TokenHead),
                 bptt_segments=self.bptt_segments,
                 checkpoint_segments=self.checkpoint_segments,
@@ -412,17 +418,6 @@ class NeuralStateMachine(nn.Module):
             cell = torch.zeros_like(states[:, self.cell.kept_channels :])
         num_tokens = torch.zeros(num_examples, dtype=torch.long, device=states.device)
         return MachineState(states, cell, num_tokens, self.manager.slots)
-
-    def _scan_tokens(
-        self, tokens: Tensor, ptr: Tensor, state: MachineState
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """What the scan reads, and the last token of each stream."""
-        if self.cell.scan is None:
-            return None, None
-        examples = Partition.from_ptr(ptr)
-        convolved = self.cell.scan.convolve(self.dropout(tokens), examples, state.tail)
-        tail = TokenConvolution.next_tail(tokens, examples, state.tail)
-        return convolved, tail
 
     def _add_position(
         self, tokens: Tensor, plan: SegmentPlan, ptr: Tensor, state: MachineState

@@ -9,7 +9,7 @@ from nsm_graph.models.cell import StateMachineCell
 from nsm_graph.models.fused import read_fused, say_why_not, why_not_fused
 from nsm_graph.models.loop import Trace, read_segments
 from nsm_graph.models.segments import SegmentPlan
-from nsm_graph.models.state import MachineState, Reading, Record
+from nsm_graph.models.state import MachineState, Reading, Record, ScanTokens
 
 
 def read_sequence(
@@ -19,7 +19,7 @@ def read_sequence(
     state: MachineState,
     importance: Tensor,
     *,
-    scan_tokens: Tensor | None,
+    scanned: ScanTokens | None,
     tokens_read: bool,
     bptt_segments: int | None,
     checkpoint_segments: int | str | None,
@@ -33,7 +33,7 @@ def read_sequence(
         plan: The reading order.
         state: The memory before, examples in input order.
         importance: Learnable importance of every slot.
-        scan_tokens: What the scan reads, in input order; ``None`` without one.
+        scanned: What the scan reads; ``None`` without one.
         tokens_read: Whether tokens are to read, from states or a scan.
         bptt_segments: See :func:`nsm_graph.models.loop.read_segments`.
         checkpoint_segments: The same.
@@ -50,19 +50,22 @@ def read_sequence(
         keep = checkpoint_segments is None
         trace, mass, reads = read_fused(
             cell, states, cell_states, tokens, plan, importance, state.slots, keep,
-            scan_tokens=scan_tokens, scan_reads=tokens_read,
+            scanned=scanned, scan_reads=tokens_read,
         )  # fmt: skip
         tokens = tokens[plan.token_order] if tokens_read else tokens
     else:
         say_why_not(reason)
         tokens = tokens[plan.token_order]
+        scan_tokens = None
+        if scanned is not None:
+            scan_tokens = cell.scan.convolve(*scanned)[plan.token_order]
         hoisted, weights = cell.hoist(
             tokens,
             plan.place[plan.token_order],
             plan.relation,
             importance,
             state.slots,
-            scan_tokens=None if scan_tokens is None else scan_tokens[plan.token_order],
+            scan_tokens=scan_tokens,
             scan_reads=tokens_read,
         )
         mass = cell.routing_mass(weights, hoisted.relation)

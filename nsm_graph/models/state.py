@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nsm_graph.memory import NodeEdit, StateManager
+from nsm_graph.partition import Partition
 from nsm_graph.relation import Relation
 
 
@@ -85,6 +86,14 @@ class Record:
     states: list[Tensor] = field(default_factory=list)  #: ``[N_t, C]``, after step t
     topologies: list[Relation | None] = field(default_factory=list)  #: states -> states
     margins: list[Tensor | None] = field(default_factory=list)  #: ``[B_t]``, 0 = an unsure snap
+
+
+class ScanTokens(NamedTuple):
+    """What a scan reads."""
+
+    x: Tensor  #: ``[T, C_t]``, the tokens in input order
+    examples: Partition  #: whose they are
+    tail: Tensor | None  #: ``[B, C_t]``, the token before each example's first
 
 
 @dataclass(frozen=True, eq=False)

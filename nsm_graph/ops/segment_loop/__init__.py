@@ -153,7 +153,7 @@ def token_loop(
     talk_heads = heads if talk_heads is None else talk_heads
     _check(states, rows, tokens, tokens, segments, weights, heads, talk_heads, cell)
     if scan is not None:
-        check_scan(scan, x, num_states, states.size(-1))
+        check_scan(scan, x, states.size(0) // num_states, num_states, states.size(-1))
     if backend == "reference" or first.numel() == 0:
         return reference.token_loop(
             states, x, first, projections, segments, weights, heads, talk_heads, cell, scan

@@ -28,12 +28,15 @@ STEP_BYTES = 1 << 19
 #: Examples that a thread takes at a time, at most.
 MOST_EXAMPLES = 4
 
-#: Where the last backward's steps were kept, for the next forward of the same size; at most one.
-_spare: dict[tuple[int, torch.dtype], np.ndarray] = {}
+#: Tensors of a :class:`LoopScan`.
+SCAN_TENSORS = 6
+
+#: Where a backward's steps were kept, for the next forward that has room in it: the largest.
+_spare: dict[torch.dtype, np.ndarray] = {}
 
 
 def release_memory() -> None:
-    """Gives back what the last backward left for the next forward."""
+    """Gives back what backward left for the next forward."""
     _spare.clear()
 
 
@@ -51,7 +54,7 @@ def segment_loop(
 ) -> tuple[Tensor, ...]:
     """States after every step and after each example's last, and an LSTM's last cell."""
     values = None if key is value else value
-    given = [states, cell, routed, key, values, *[None] * 9, *weights, *[None] * 3]
+    given = [states, cell, routed, key, values, *[None] * 9, *weights, *[None] * SCAN_TENSORS]
     after, final, _, final_cell, _ = _apply(given, segments, None, heads, talk_heads, keep)
     results = (after, final, final_cell)
     return tuple(x for x in results if x is not None)
@@ -71,9 +74,9 @@ def token_loop(
     scan: LoopScan | None,
 ) -> TokenResults:
     """The same of tokens."""
-    scanned: list[Tensor | None] = [None] * 3 if scan is None else list(scan[:3])
+    scanned: list[Tensor | None] = [None] * SCAN_TENSORS if scan is None else list(scan[:-2])
     given = [states, cell, None, None, None, x, *projections, *weights, *scanned]
-    options = None if scan is None else scan[3:]
+    options = None if scan is None else scan[-2:]
     return TokenResults(*_apply(given, segments, first, heads, talk_heads, keep, options))
 
 
@@ -118,8 +121,9 @@ class _Given(NamedTuple):
 
 
 def _name(call: _Call, given: Any) -> _Given:
-    projections, weights = HoistWeights(*given[6:14]), LoopWeights(*given[14:-3])
-    scan = None if call.scan is None else LoopScan(*given[-3:], *call.scan)
+    projections = HoistWeights(*given[6:14])
+    weights, scanned = LoopWeights(*given[14:-SCAN_TENSORS]), given[-SCAN_TENSORS:]
+    scan = None if call.scan is None else LoopScan(*scanned, *call.scan)
     return _Given(*given[:6], projections, weights, scan)
 
 
@@ -180,7 +184,7 @@ class _Run:
         self.has_tokens, self.has_talk = given.x is not None, given.weights.qkv is not None
         self.gated, self.talk_heads = given.weights.gated, call.talk_heads if self.has_talk else 0
         self.num_groups, self.num_tokens = len(ptr) - 1, int(ptr[-1])
-        self.scan = ScanRun(given.scan, self.dtype)
+        self.scan = ScanRun(given.scan, self.dtype, int(num_active.max()))
         self.projections = Projections(given.projections) if self.has_tokens else None
         if given.x is not None:
             self.is_shared = given.projections.value is None
@@ -245,7 +249,8 @@ class _Run:
         tokens = ptr[np.minimum(group + counts, len(ptr) - 1)] - ptr[group]
         sizes = cpu.record_size(
             counts * self.num_states, tokens, self.states.shape[1], self.gated, self.num_states,
-            self.heads, self.talk_heads, self.num_gates, self.scan.channels > 0,
+            self.heads, self.talk_heads, self.num_gates,
+            self.scan.record_widths(self.states.shape[1]),
         )  # fmt: skip
         ends = sizes.cumsum().reshape(sizes.shape)
         cuts = np.cumsum([len(part) for part in self.chunks])[:-1]
@@ -311,10 +316,7 @@ class _Run:
         d_x = make_token_grads(self.x, self.num_tokens, self.dtype)
         token_grads = [self._token_grads(tokens, d_x.numpy()) for _ in self.chunks]
         scan = self.scan.given(self.scan.make_reads(self.num_tokens).numpy())
-        d_scan_x = self.scan.make_d_x(self.num_tokens)
-        no_reads = self._empty(0, self.scan.channels)
-        d_read = no_reads if d_reads is None else arrays.array(d_reads)
-        scan_grads = [self.scan.make_grads(d_scan_x.numpy(), d_read) for _ in self.chunks]
+        scan_grads = self.scan.make_grads(len(self.chunks), self.num_tokens, d_reads)
         calls = [
             (
                 *given, self.states, self._cells(kept, self._no_rows()), self.rows, tokens, scan,
@@ -337,13 +339,11 @@ class _Run:
         ]
         if self.projections is not None:
             projections = self.projections.total([own.weights for own in token_grads])
-            scanned = [None] * 3
-            if self.scan.channels > 0:
-                scanned = [d_scan_x, *self.scan.total(scan_grads)]
+            scanned = self.scan.total(scan_grads)
             return [*before, None, None, None, d_x, *projections, *found, *scanned]
         key, value, routed = map(torch.from_numpy, d_rows)
         rows = [routed, key, None if self.is_shared else value]
-        return [*before, *rows, None, *[None] * 8, *found, *[None] * 3]
+        return [*before, *rows, None, *[None] * 8, *found, *[None] * SCAN_TENSORS]
 
     def _like_rows(self) -> cpu.Rows:
         key, value, routed = (self._empty(*x.shape) for x in self.rows)
@@ -360,21 +360,22 @@ class _Run:
         return self._empty(0, self.states.shape[1])
 
     def _cells(self, kept: np.ndarray, now: np.ndarray) -> cpu.Cells:
-        return cpu.Cells(now, kept[self.kept_size :])
+        return cpu.Cells(now, kept[self.kept_size : self.kept_size + self.cells_size])
 
     def _take(self) -> np.ndarray:
         # New memory costs a page fault every 4 KiB, a tenth of a step: the last one serves again.
         size = self.kept_size + self.cells_size
-        spare = _spare.pop((size, self.dtype), None)
-        if spare is None:
-            _spare.clear()  # before there are two
-            spare = arrays.empty(self.dtype, size)
-        return spare
+        if size == 0:
+            return self._empty(0)
+        spare = _spare.pop(self.dtype, None)
+        if spare is not None and len(spare) >= size:
+            return spare
+        del spare  # before there are two
+        return self._empty(size)
 
     def _give_back(self, kept: np.ndarray) -> None:
-        if len(kept) > 0:
-            _spare.clear()
-            _spare[len(kept), self.dtype] = kept
+        if len(kept) > len(_spare.get(self.dtype, ())):
+            _spare[self.dtype] = kept
 
     def _made(self) -> cpu.Made:
         rows, channels = self.most_examples * self.num_states, self.states.shape[1]
@@ -404,9 +405,7 @@ class _Run:
             rows=self._step_rows(),
             d_rows=self._step_rows(),
             hoist=self._hoist_scratch(),
-            scan=self.scan.make_scratch(
-                self.most_examples * self.longest, self.longest, rows, channels
-            ),
+            scan=self.scan.make_scratch(self.most_examples, self.longest, rows, channels),
             after=empty(rows, channels),
             cell=empty(cell_rows, self.gated),
             d_state=empty(rows, channels),

@@ -15,7 +15,7 @@ from torch import Tensor
 from nsm_graph.ops.hoist import HoistWeights, TokenGroups
 from nsm_graph.ops.hoist import reference as hoisting
 from nsm_graph.ops.segment_loop.inputs import LoopSegments, LoopWeights, TokenResults
-from nsm_graph.ops.segment_loop.scan import LoopScan, advance
+from nsm_graph.ops.segment_loop.scan import LoopScan, advance, convolve
 
 
 def token_loop(
@@ -41,13 +41,13 @@ def token_loop(
     read_first = None
     if scan is not None:
         ptr = segments.token_ptr
+        convolved = convolve(scan, first, ptr, segments.num_active)
 
         def read_first(states: Tensor, group: int, count: int) -> Tensor:
             counts = ptr[group : group + count + 1].diff()
-            starts = first[group : group + count]
-            own = [scan.x[a : a + n] for a, n in zip(starts.tolist(), counts.tolist(), strict=True)]
-            weights = routing[int(ptr[group]) * num_states : int(ptr[group + count]) * num_states]
-            states, found = advance(scan, states, torch.cat(own), weights, counts)
+            start, end = int(ptr[group]), int(ptr[group + count])
+            weights = routing[start * num_states : end * num_states]
+            states, found = advance(scan, states, convolved[start:end], weights, counts)
             reads.append(found)
             return states
 

@@ -24,6 +24,9 @@ class LoopScan(NamedTuple):
     x: Tensor  #: [T, C_t], the tokens as a scan reads them, in the order of the loop's own
     weight: Tensor  #: [columns, C_t], of everything that it projects tokens to: see `layout`
     bias: Tensor  #: [columns]
+    convolution: Tensor | None  #: [C_t, 2 C_t], of the token before and a token, added to a token
+    convolution_bias: Tensor | None  #: [C_t]
+    tail: Tensor | None  #: [B, C_t], the token before the first of each example; None = zeros
     layout: Layout  #: from :func:`nsm_graph.ops.delta_scan.cpu.arrays.make_layout`
     stretch: float  #: of the gates
 
@@ -33,14 +36,22 @@ class LoopScan(NamedTuple):
         return (self.layout.transition + self.layout.memory) * self.layout.width
 
 
-def check_scan(scan: LoopScan, x: Tensor, num_states: int, channels: int) -> None:
-    """Raises unless the scan fits tokens ``x`` and states of so many channels."""
+def check_scan(
+    scan: LoopScan, x: Tensor, num_examples: int, num_states: int, channels: int
+) -> None:
+    """Raises unless the scan fits tokens ``x`` and so many examples, states and channels."""
+    if (scan.convolution is None) != (scan.convolution_bias is None):
+        raise ValueError("scan.convolution and its bias belong together; pass both or none")
     layout, width = scan.layout, x.size(1)
     sizes = {
         "x": tuple(x.shape), "weight": (layout.num_columns, width), "bias": (layout.num_columns,),
+        "convolution": (width, 2 * width), "convolution_bias": (width,),
+        "tail": (num_examples, width),
     }  # fmt: skip
     for name, size in sizes.items():
         tensor = getattr(scan, name)
+        if tensor is None and name in ("convolution", "convolution_bias", "tail"):
+            continue
         if (tensor.shape, tensor.dtype, tensor.device) != (size, x.dtype, x.device):
             raise ValueError(
                 f"scan.{name} must have shape {size} in {x.dtype} on {x.device}, but has "
@@ -58,6 +69,34 @@ def check_scan(scan: LoopScan, x: Tensor, num_states: int, channels: int) -> Non
         )
 
 
+def convolve(scan: LoopScan, first: Tensor, token_ptr: Tensor, num_active: Tensor) -> Tensor:
+    """The tokens of all groups, one group after another, each with the one before it in mind.
+
+    Before the first token of a group stands the last of its example's group before.
+    """
+    starts, lengths, found, before = first.tolist(), token_ptr.diff().tolist(), [], []
+    group = 0
+    tail = scan.tail
+    if tail is None:
+        tail = scan.x.new_zeros(int(num_active.max()) if len(num_active) > 0 else 0, 1)
+    last = list(tail.expand(-1, scan.x.size(1)).unsqueeze(1))
+    for count in num_active.tolist():
+        for example in range(count):
+            own = scan.x[starts[group] : starts[group] + lengths[group]]
+            found.append(own)
+            before.append(torch.cat([last[example], own[:-1]]))
+            last[example] = own[-1:]
+            group += 1
+    if group == 0:
+        return scan.x[:0]
+    x = torch.cat(found)
+    if scan.convolution is None:
+        return x
+    return x + F.linear(
+        torch.cat([torch.cat(before), x], 1), scan.convolution, scan.convolution_bias
+    )
+
+
 def advance(
     scan: LoopScan, states: Tensor, x: Tensor, weights: Tensor, counts: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -66,7 +105,7 @@ def advance(
     Args:
         scan: See :class:`LoopScan`; its tokens are not looked at.
         states: ``[B N, C]``.
-        x: The segments' tokens, one segment after another, ``[tokens, C_t]``.
+        x: The segments' convolved tokens, one segment after another, ``[tokens, C_t]``.
         weights: Their routing weights by segment, state and token, ``[tokens N]``.
         counts: ``[B]``, tokens of each segment.
 

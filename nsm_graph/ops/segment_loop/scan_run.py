@@ -23,61 +23,97 @@ NO_SCAN: Layout = make_layout(0, 0, 0, 0, 0, False, False, 0)
 class ScanRun:
     """A scan, or none: then everything is empty, which is what kernels look at."""
 
-    def __init__(self, scan: LoopScan | None, dtype: torch.dtype) -> None:
-        self.dtype, self.layout = dtype, NO_SCAN if scan is None else scan.layout
+    def __init__(self, scan: LoopScan | None, dtype: torch.dtype, num_examples: int) -> None:
+        self.dtype, self.scan = dtype, scan
+        self.layout = NO_SCAN if scan is None else scan.layout
         self.channels = 0 if scan is None else scan.channels
         nothing = torch.empty(0, 0, dtype=dtype), torch.empty(0, dtype=dtype)
-        self.weight, self.bias = nothing if scan is None else (scan.weight, scan.bias)
+        self.weights = self.convolution = nothing
+        if scan is not None:
+            self.weights = scan.weight, scan.bias
+            if scan.convolution is not None and scan.convolution_bias is not None:
+                self.convolution = scan.convolution, scan.convolution_bias
         self.x = arrays.array(nothing[0] if scan is None else scan.x)
+        self.width = self.x.shape[1]
+        if scan is None or scan.tail is None:
+            self.tail = self._zeros(num_examples, self.width)
+        else:
+            self.tail = arrays.array(scan.tail)
         self.stretch = self.x.dtype.type(0.0 if scan is None else scan.stretch)
-        self.projection = Projection(arrays.place(self.weight.t()), arrays.place(self.bias))
+        self.num_keys = self.layout.transition * self.layout.reflections + 2 * self.layout.memory
+        self.columns = arrays.spread(self.layout.num_columns)
 
     def make_reads(self, num_tokens: int) -> Tensor:
         """Room for what tokens read; empty where they do not."""
         num_rows = num_tokens if self.layout.reads > 0 else 0
         return torch.empty(num_rows, self.channels, dtype=self.dtype)
 
+    def record_widths(self, channels: int) -> tuple[int, int, int, int]:
+        """What a step keeps: numbers of a state, and of a token, array by array."""
+        if self.scan is None:
+            return 0, 0, 0, 0
+        return channels, self.width, self.columns, self.num_keys
+
     def given(self, reads: np.ndarray) -> Scan:
-        return Scan(self.x, self.projection, self.layout, self.stretch, reads)
+        return Scan(
+            self.x, self.tail, _place(self.convolution, True), _place(self.weights, True),
+            self.layout, self.stretch, reads,
+        )  # fmt: skip
 
-    def make_d_x(self, num_tokens: int) -> Tensor:
-        return make_token_grads(self.x, num_tokens, self.dtype)
+    def make_grads(
+        self, num_threads: int, num_tokens: int, d_reads: Tensor | None
+    ) -> list[ScanGrads]:
+        """For each thread; they share those of tokens, and what is given."""
+        turned = _place(self.convolution, False), _place(self.weights, False)
+        d_x = make_token_grads(self.x, num_tokens, self.dtype).numpy()
+        d_tail = np.zeros_like(self.tail)
+        given = torch.empty(0, self.channels, dtype=self.dtype) if d_reads is None else d_reads
+        return [
+            ScanGrads(
+                *turned, *(self._zeros_like(pair) for pair in (self.convolution, self.weights)),
+                d_x, d_tail, arrays.array(given),
+            )
+            for _ in range(num_threads)
+        ]  # fmt: skip
 
-    def make_grads(self, d_x: np.ndarray, d_reads: np.ndarray) -> ScanGrads:
-        turned = Projection(arrays.place(self.weight), arrays.place(self.bias))
-        zeros = (torch.zeros(x.shape, dtype=self.dtype) for x in (self.weight.t(), self.bias))
-        return ScanGrads(turned, Projection(*(x.numpy() for x in zeros)), d_x, d_reads)
-
-    def total(self, grads: list[ScanGrads]) -> list[Tensor]:
-        """The sum of all threads' gradients of weight and bias, as these came."""
-        weights, biases = zip(*(own.projection for own in grads), strict=True)
-        return [torch.from_numpy(sum(weights[1:], weights[0])).t(),
-                torch.from_numpy(sum(biases[1:], biases[0]))]  # fmt: skip
+    def total(self, grads: list[ScanGrads]) -> list[Tensor | None]:
+        """The gradients of all of :class:`LoopScan`'s tensors; sums over threads."""
+        found: list[Tensor | None] = [None] * 6
+        if self.scan is None:
+            return found
+        found[0] = torch.from_numpy(grads[0].x)
+        found[1:3] = _sum([own.projection for own in grads])
+        if self.scan.convolution is not None:
+            found[3:5] = _sum([own.convolution for own in grads])
+        if self.scan.tail is not None:
+            found[5] = torch.from_numpy(grads[0].tail)
+        return found
 
     def make_scratch(
-        self, most_tokens: int, longest: int, num_rows: int, width: int
+        self, most_examples: int, longest: int, num_rows: int, channels: int
     ) -> ScanScratch:
-        """Room for a step of so many tokens and states, of examples of at most ``longest`` tokens.
+        """Room for a step of so many examples, tokens of each and states in all.
 
         What stands behind rows and columns is zero, and stays so.
         """
-        layout = self.layout
-        is_there = layout.transition + layout.memory > 0
-        tokens, longest, num_rows = (n * is_there for n in (most_tokens, longest, num_rows))
-        empty = partial(arrays.empty, self.dtype)
-        num_keys = layout.transition * layout.reflections + 2 * layout.memory
-        columns = arrays.spread(layout.num_columns)
-        states = _fill_up(layout.num_states, LANES)
+        is_there = self.scan is not None
+        longest, num_rows = longest * is_there, num_rows * is_there
+        tokens, width = most_examples * longest, self.width
+        states = _fill_up(self.layout.num_states, LANES)
+        empty, zeros = partial(arrays.empty, self.dtype), self._zeros
         return ScanScratch(
-            x=empty(tokens, len(self.projection.weight)),
-            d_x=empty(tokens, len(self.projection.weight)),
+            pairs=empty(tokens, arrays.spread(2 * width)),
+            d_pairs=empty(tokens, arrays.spread(2 * width)),
+            x=empty(tokens, width),
+            d_x=empty(tokens, width),
+            carry=empty(most_examples, width),
             steps=Steps(
-                empty(tokens, columns), empty(tokens, columns),
-                self._zeros(tokens, states), self._zeros(tokens, states),
+                empty(tokens, self.columns), empty(tokens, self.columns), zeros(tokens, states),
+                zeros(tokens, states),
             ),
-            inverse=empty(tokens, num_keys),
+            inverse=empty(tokens, self.num_keys),
             memories=self._memories(longest),
-            states=empty(num_rows, width),
+            states=empty(num_rows, channels),
         )  # fmt: skip
 
     def _memories(self, longest: int) -> Memories:
@@ -106,6 +142,22 @@ class ScanRun:
 
     def _zeros(self, *shape: int) -> np.ndarray:
         return torch.zeros(shape, dtype=self.dtype).numpy()
+
+    def _zeros_like(self, pair: tuple[Tensor, Tensor]) -> Projection:
+        weight, bias = pair
+        return Projection(self._zeros(*weight.t().shape), self._zeros(*bias.shape))
+
+
+def _place(pair: tuple[Tensor, Tensor], is_turned: bool) -> Projection:
+    """``[in, out]`` if turned, else as the weights came."""
+    weight, bias = pair
+    return Projection(arrays.place(weight.t() if is_turned else weight), arrays.place(bias))
+
+
+def _sum(grads: list[Projection]) -> list[Tensor | None]:
+    """Over threads, as the weights came."""
+    weights, biases = (torch.from_numpy(sum(own[1:], own[0])) for own in zip(*grads, strict=True))
+    return [weights.t(), biases]
 
 
 def _fill_up(count: int, step: int) -> int:

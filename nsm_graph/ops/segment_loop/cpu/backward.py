@@ -25,13 +25,16 @@ from nsm_graph.ops.segment_loop.cpu.arrays import (
     Weights,
 )
 from nsm_graph.ops.segment_loop.cpu.forward import copy_rows, take_step, update_cell
-from nsm_graph.ops.segment_loop.cpu.history import recall, recall_states
+from nsm_graph.ops.segment_loop.cpu.history import recall, recall_scan
 from nsm_graph.ops.segment_loop.cpu.scan import (
+    Block,
     Scan,
     ScanGrads,
     make_block,
+    read_tokens,
     scan_block,
     scan_block_backward,
+    share_weights,
 )
 
 # One step ##########################################################################
@@ -341,20 +344,20 @@ def backward_kernel(
                     tokens.weights, scratch.hoist, tokens.x, tokens.first, ptr, group,
                     group + count, key, value, routed, tokens.heads, num_states,
                 )  # fmt: skip
-            scanned = scratch.scan.states[:num_rows]  # no rows without a scan
+            block = Block(step, example, group, group + count)
+            read = before  # the states that the step reads
             if scan.x.shape[0] > 0:
-                make_block(
-                    scan, scratch.scan, scratch.hoist.weights, tokens.first, ptr, group,
-                    group + count,
-                )  # fmt: skip
+                read_tokens(scan, scratch.scan, tokens.first, segments, block)
+                share_weights(scratch.scan, scratch.hoist.weights, segments, block)
                 if kept.shape[0] == 0:
-                    scan_block(scan, scratch.scan, ptr, group, group + count, before)
-            read = scanned if scan.x.shape[0] > 0 else before  # the states that the step reads
+                    make_block(scan, scratch.scan, segments, block)
+                    scan_block(scan, scratch.scan, segments, block, before)
+                read = scratch.scan.states
             found = cells.found[group * num_states * gated :]
             if is_lstm:
                 _fill_rows(scratch.cell, found, num_rows)
             if kept.shape[0] > 0:
-                place = recall_states(scanned, kept, places[chunk, step])
+                place = recall_scan(scratch.scan, kept, places[chunk, step], num_rows, end - first)
                 recall(
                     made, kept, place, read, num_rows, end - first, num_states,
                     heads, talk_heads,
@@ -368,6 +371,8 @@ def backward_kernel(
                 )  # fmt: skip
             if count > known:
                 d_state[known * num_states : num_rows] = zero
+                if scan.x.shape[0] > 0:
+                    scratch.scan.carry[known:count] = zero
                 if d_final.shape[0] > 0:
                     _add(
                         d_state[known * num_states :],
@@ -394,8 +399,8 @@ def backward_kernel(
             scratch.hoist.d_weights[:] = zero
             if scan.x.shape[0] > 0:
                 scan_block_backward(
-                    scan, d_scan, scratch.scan, scratch.hoist.d_weights, tokens.first, ptr, group,
-                    group + count, before, d_state,
+                    scan, d_scan, scratch.scan, scratch.hoist.d_weights, tokens.first, segments,
+                    block, before, d_state,
                 )  # fmt: skip
             if has_tokens:
                 hoist_block_backward(

@@ -26,8 +26,15 @@ from nsm_graph.ops.segment_loop.cpu.arrays import (
     Tokens,
     Weights,
 )
-from nsm_graph.ops.segment_loop.cpu.history import keep, keep_states, place_states
-from nsm_graph.ops.segment_loop.cpu.scan import Scan, make_block, scan_block
+from nsm_graph.ops.segment_loop.cpu.history import keep, keep_scan, place_states
+from nsm_graph.ops.segment_loop.cpu.scan import (
+    Block,
+    Scan,
+    make_block,
+    read_tokens,
+    scan_block,
+    share_weights,
+)
 
 # One step ##########################################################################
 
@@ -264,14 +271,13 @@ def forward_kernel(
             else:
                 key, value = rows.key[first:end], rows.value[first:end]
                 routed = rows.routed[group * num_states :]
-            scanned = scratch.scan.states[: count * num_states]  # no rows without a scan
             if scan.x.shape[0] > 0:
-                make_block(
-                    scan, scratch.scan, scratch.hoist.weights, tokens.first, ptr, group,
-                    group + count,
-                )  # fmt: skip
-                scan_block(scan, scratch.scan, ptr, group, group + count, before)
-                before = scanned
+                block = Block(step, example, group, group + count)
+                read_tokens(scan, scratch.scan, tokens.first, segments, block)
+                make_block(scan, scratch.scan, segments, block)
+                share_weights(scratch.scan, scratch.hoist.weights, segments, block)
+                scan_block(scan, scratch.scan, segments, block, before)
+                before = scratch.scan.states
             cell = cells.now[example * num_states : (example + count) * num_states]
             if cells.found.shape[0] > 0:
                 place = group * num_states * gated
@@ -281,7 +287,9 @@ def forward_kernel(
                 heads, talk_heads, scratch.turned,
             )  # fmt: skip
             if kept.shape[0] > 0:
-                place = keep_states(kept, places[chunk, step], scanned)
+                place = keep_scan(
+                    kept, places[chunk, step], scratch.scan, count * num_states, end - first
+                )
                 keep(
                     kept, place, made, count * num_states, end - first, num_states,
                     heads, talk_heads,

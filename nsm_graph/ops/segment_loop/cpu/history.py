@@ -19,12 +19,15 @@ ALIGNMENT = 16
 
 
 def record_size(rows: Any, tokens: Any, channels: int, gated: int, num_states: int, heads: int,
-                talk_heads: int, num_gates: int = 3, has_scan: bool = False) -> Any:  # fmt: skip
+                talk_heads: int, num_gates: int = 3, scan: tuple[int, ...] = (0,) * 4
+                ) -> Any:  # fmt: skip
     """Numbers that a step of so many rows and tokens keeps.
 
-    States that do not talk have no ``talk_heads``: 0.
+    States that do not talk have no ``talk_heads``: 0. Of a scan: how many channels it leaves in a
+    state, and how many numbers it makes of a token, array by array.
     """
-    parts = [rows * channels] * (3 + has_scan)
+    parts = [rows * scan[0], *(tokens * width for width in scan[1:])]
+    parts += [rows * channels] * 3
     parts += [tokens * heads * num_states, num_gates * rows * gated]
     if talk_heads > 0:
         parts += [3 * rows * gated, rows * talk_heads * num_states]
@@ -45,9 +48,12 @@ def _keep(kept, place, part):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(**INNER)
-def keep_states(kept, place, states):  # type: ignore[no-untyped-def]
-    """Writes the states that a scan left; where the rest begins."""
-    return _keep(kept, place, states.reshape(-1))
+def keep_scan(kept, place, scan, rows, tokens):  # type: ignore[no-untyped-def]
+    """Writes what a scan made, if there is one; where the rest begins."""
+    place = _keep(kept, place, scan.states[:rows].reshape(-1))
+    place = _keep(kept, place, scan.x[:tokens].reshape(-1))
+    place = _keep(kept, place, scan.steps.rows[:tokens].reshape(-1))
+    return _keep(kept, place, scan.inverse[:tokens].reshape(-1))
 
 
 @numba.njit(**INNER)
@@ -94,9 +100,12 @@ def _recall(part, kept, place):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(**INNER)
-def recall_states(states, kept, place):  # type: ignore[no-untyped-def]
-    """Reads the states that a scan left; where the rest begins."""
-    return _recall(states.reshape(-1), kept, place)
+def recall_scan(scan, kept, place, rows, tokens):  # type: ignore[no-untyped-def]
+    """Reads what a scan made, if there is one; where the rest begins."""
+    place = _recall(scan.states[:rows].reshape(-1), kept, place)
+    place = _recall(scan.x[:tokens].reshape(-1), kept, place)
+    place = _recall(scan.steps.rows[:tokens].reshape(-1), kept, place)
+    return _recall(scan.inverse[:tokens].reshape(-1), kept, place)
 
 
 @numba.njit(**INNER)
