@@ -177,14 +177,8 @@ class _Run:
             self.x = arrays.array(given.x)
         else:
             self.is_shared = given.value is None
-            key, value, routed = (
-                arrays.array(x)
-                for x in (
-                    given.key,
-                    given.key if given.value is None else given.value,
-                    given.routed,
-                )
-            )
+            value = given.key if given.value is None else given.value
+            key, value, routed = map(arrays.array, (given.key, value, given.routed))
             self.num_states = len(routed) // self.num_groups
             self.rows = cpu.Rows(key, value, routed)
             self.x = self._empty(0, 0)
@@ -240,8 +234,7 @@ class _Run:
         return [np.ascontiguousarray(x) for x in np.split(ends - sizes, cuts)], int(ends[-1, -1])
 
     def forward(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        self.kept, *results = self._read()
-        after, final, mass, final_cell = results
+        self.kept, after, final, mass, final_cell = self._read()
         return after, final, mass, None if self.cell is None else final_cell
 
     def _read(self) -> tuple[np.ndarray, Tensor, Tensor, Tensor, Tensor]:
@@ -310,10 +303,8 @@ class _Run:
         self._give_back(kept)
         total = [sum(parts[1:], parts[0]) for parts in zip(*grads, strict=True)]
         found = turn_back(total, self.gated, self.heads, self.talk_heads)
-        before = [
-            torch.from_numpy(d_states),
-            None if self.cell is None else torch.from_numpy(d_cells),
-        ]
+        d_cell = None if self.cell is None else torch.from_numpy(d_cells)
+        before = [torch.from_numpy(d_states), d_cell]
         if self.projections is not None:
             projections = self.projections.total([own.weights for own in token_grads])
             return [*before, None, None, None, d_x, *projections, *found]
