@@ -234,7 +234,8 @@ class _Run:
         return [np.ascontiguousarray(x) for x in np.split(ends - sizes, cuts)], int(ends[-1, -1])
 
     def forward(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        self.kept, after, final, mass, final_cell = self._read()
+        self.kept, *results = self._read()
+        after, final, mass, final_cell = results
         return after, final, mass, None if self.cell is None else final_cell
 
     def _read(self) -> tuple[np.ndarray, Tensor, Tensor, Tensor, Tensor]:
