@@ -300,12 +300,15 @@ def test_second_derivatives_of_inputs_that_hang_together(asked):
 @talking
 @sharing
 @pytest.mark.parametrize(
-    ("num_states", "width", "channels", "heads"), [(5, 7, 6, 2), (3, 5, 20, 1)]
+    ("num_states", "width", "channels", "heads", "kept", "talk_heads"),
+    [(5, 7, 6, 2, 0, None), (3, 5, 20, 1, 0, None), (5, 7, 6, 2, 3, 3)],
 )
 def test_tokens_give_what_their_rows_give(
-    num_states, width, channels, heads, is_shared, talks, keep, num_threads
+    num_states, width, channels, heads, kept, talk_heads, is_shared, talks, keep, num_threads
 ):
-    case = lstm(num_states, channels, heads, counts=CROWD, talks=talks)
+    case = lstm(
+        num_states, channels, heads, counts=CROWD, talks=talks, kept=kept, talk_heads=talk_heads
+    )
     counts = case.segments.token_ptr.diff().tolist()
     tokens = hoist_oracle.make_case(
         num_states, width, channels, heads, counts=counts, is_shared=is_shared
@@ -316,7 +319,8 @@ def test_tokens_give_what_their_rows_give(
     num_threads(2)
     after, final, mass, cell, _ = token_loop(
         case.rows["states"], tokens.x, torch.tensor(tokens.first), tokens.weights, case.segments,
-        case.weights, heads, cell=case.rows["cell"], keep=keep, backend="cpu",
+        case.weights, heads, talk_heads=talk_heads, cell=case.rows["cell"], keep=keep,
+        backend="cpu",
     )  # fmt: skip
     key, value, routed, _ = hoist(tokens.x, tokens.groups, tokens.weights, heads, backend="cpu")
     expected = oracle(case.but(key=key, value=value, routed=routed))

@@ -15,12 +15,13 @@ class Case:
 
     def __init__(
         self, num_states=5, width=6, channels=4, heads=2, *, counts=RAGGED, is_shared=True,
-        talks=True, gaps=(0, 2, 1), dtype=torch.float64,
+        talks=True, gaps=(0, 2, 1), dtype=torch.float64, **loop_options,
     ):  # fmt: skip
         options = {"is_shared": is_shared, "dtype": dtype}
         self.loop = loop_oracle.make_case(
-            num_states, channels, heads, counts=counts, talks=talks, idle=1, **options
-        )
+            num_states, channels, heads, counts=counts, talks=talks, idle=1, **options,
+            **loop_options,
+        )  # fmt: skip
         steps = range(max(map(len, counts)))
         groups = [row[t] for t in steps for row in counts if t < len(row)]
         self.tokens = hoist_oracle.make_case(
@@ -34,7 +35,7 @@ class Case:
         return named | {f"tokens.{n}": x for n, x in self.tokens.given.items()}
 
     def run(self, **options):
-        options = {"backend": "cpu"} | options
+        options = {"backend": "cpu", "talk_heads": self.loop.talk_heads} | options
         results = token_loop(
             self.loop.rows["states"], self.tokens.x, self.tokens.groups.first, self.tokens.weights,
             self.loop.segments, self.loop.weights, self.loop.heads, **options,
@@ -87,6 +88,17 @@ def test_other_sizes_and_the_reference(sizes, is_shared):
     options["talks"] = sizes[2] > 1  # the norm of one channel is a constant
     for keep, backend in ((True, "cpu"), (False, "cpu"), (True, "reference")):
         assert_equals_the_oracle(options, keep=keep, backend=backend)
+
+
+@keeps
+@sharing
+@talking
+@pytest.mark.parametrize(("kept", "talk_heads"), [(3, 5), (4, 1), (0, 4)])
+def test_kept_channels(kept, talk_heads, talks, is_shared, keep):
+    options = {"talks": talks, "is_shared": is_shared, "kept": kept, "talk_heads": talk_heads}
+    options["channels"] = 8  # the norm of two or three is steep
+    assert_equals_the_oracle(options, keep=keep)
+    assert_equals_the_oracle(options, backend="reference")
 
 
 @keeps

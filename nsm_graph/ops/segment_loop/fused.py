@@ -193,14 +193,8 @@ class _Run:
             self.x = arrays.array(given.x)
         else:
             self.is_shared = given.value is None
-            key, value, routed = (
-                arrays.array(x)
-                for x in (
-                    given.key,
-                    given.key if given.value is None else given.value,
-                    given.routed,
-                )
-            )
+            value = given.key if given.value is None else given.value
+            key, value, routed = map(arrays.array, (given.key, value, given.routed))
             self.num_states = len(routed) // self.num_groups
             self.rows = cpu.Rows(key, value, routed)
             self.x = self._empty(0, 0)
@@ -333,10 +327,8 @@ class _Run:
         self._give_back(kept)
         total = [sum(parts[1:], parts[0]) for parts in zip(*grads, strict=True)]
         found = turn_back(total, self.gated, self.heads, self.talk_heads)
-        before = [
-            torch.from_numpy(d_states),
-            None if self.cell is None else torch.from_numpy(d_cells),
-        ]
+        d_cell = None if self.cell is None else torch.from_numpy(d_cells)
+        before = [torch.from_numpy(d_states), d_cell]
         if self.projections is not None:
             projections = self.projections.total([own.weights for own in token_grads])
             scanned = self.scan.total(scan_grads)
