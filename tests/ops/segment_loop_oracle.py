@@ -159,8 +159,11 @@ def read_segment(w, s, routed, key, value, heads, talk_heads, cell):
     return torch.cat([kept, s], 1), cell
 
 
-def oracle(case):
-    """The states after every step, from those of each example alone, and the last ones of each."""
+def oracle(case, read_first=None):
+    """The states after every step, from those of each example alone, and the last ones of each.
+
+    Where given, ``read_first`` makes of an example's states and its group those that a step reads.
+    """
     ptr, num_states = case.segments.token_ptr.tolist(), case.num_states
     talk_heads = case.heads if case.talk_heads is None else case.talk_heads
     after, group = {}, 0
@@ -173,8 +176,9 @@ def oracle(case):
                 continue
             mine = slice(group * num_states, (group + 1) * num_states)
             tokens = slice(ptr[group], ptr[group + 1])
+            found = final[b] if read_first is None else read_first(final[b], group, b)
             final[b], cells[b] = read_segment(
-                case.weights, final[b], case.rows["routed"][mine], case.rows["key"][tokens],
+                case.weights, found, case.rows["routed"][mine], case.rows["key"][tokens],
                 case.rows["value"][tokens], case.heads, talk_heads, cells[b],
             )  # fmt: skip
             after[b, t] = final[b]

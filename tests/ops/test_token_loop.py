@@ -1,62 +1,10 @@
 """From tokens to states in one operation, against the plain loops of its two halves."""
 
-import hoist_oracle
 import pytest
-import segment_loop_oracle as loop_oracle
 import torch
 from hoist_oracle import assert_close, assert_same
-from segment_loop_oracle import CROWD, RAGGED, asks, keeps, loss_of, sharing, talking
-
-from nsm_graph.ops.segment_loop import token_loop
-
-
-class Case:
-    """Tokens with their projections, and a loop that reads what is made of them."""
-
-    def __init__(
-        self, num_states=5, width=6, channels=4, heads=2, *, counts=RAGGED, is_shared=True,
-        talks=True, gaps=(0, 2, 1), dtype=torch.float64, **loop_options,
-    ):  # fmt: skip
-        options = {"is_shared": is_shared, "dtype": dtype}
-        self.loop = loop_oracle.make_case(
-            num_states, channels, heads, counts=counts, talks=talks, idle=1, **options,
-            **loop_options,
-        )  # fmt: skip
-        steps = range(max(map(len, counts)))
-        groups = [row[t] for t in steps for row in counts if t < len(row)]
-        self.tokens = hoist_oracle.make_case(
-            num_states, width, channels, heads, counts=groups, gaps=gaps, **options
-        )
-
-    @property
-    def given(self):
-        named = {"states": self.loop.rows["states"]}
-        named |= {f"loop.{n}": x for n, x in self.loop.weights._asdict().items() if x is not None}
-        return named | {f"tokens.{n}": x for n, x in self.tokens.given.items()}
-
-    def run(self, **options):
-        options = {"backend": "cpu", "talk_heads": self.loop.talk_heads} | options
-        results = token_loop(
-            self.loop.rows["states"], self.tokens.x, self.tokens.groups.first, self.tokens.weights,
-            self.loop.segments, self.loop.weights, self.loop.heads, **options,
-        )  # fmt: skip
-        return tuple(x for x in results if x is not None)
-
-    def oracle(self):
-        key, value, routed, weights = hoist_oracle.oracle(self.tokens)
-        results = loop_oracle.oracle(self.loop.but(key=key, value=value, routed=routed))
-        num_states, lengths = self.loop.num_states, self.tokens.counts
-        parts = weights.split([n * num_states for n in lengths])
-        mass = torch.cat([x.view(num_states, -1).sum(1) for x in parts])
-        return *results, mass
-
-
-def gradients(case, results, **options):
-    found = torch.autograd.grad(
-        loss_of(results), list(case.given.values()), allow_unused=True, **options
-    )
-    pairs = zip(case.given.items(), found, strict=True)
-    return {name: torch.zeros_like(x) if grad is None else grad for (name, x), grad in pairs}
+from segment_loop_oracle import CROWD, asks, keeps, sharing, talking
+from token_loop_oracle import Case, gradients
 
 
 def assert_equals_the_oracle(options, asked=(0, 1), keep=True, backend="cpu"):

@@ -59,7 +59,8 @@ def hoist(
             f"{x.device}; ask for backend='reference'"
         )
     if backend == "reference" or groups.first.numel() == 0:
-        return reference.hoist(x, groups, weights, heads)
+        hoisted = reference.hoist(x, groups, weights, heads)
+        return hoisted._replace(weights=hoisted.weights.detach())
     from nsm_graph.ops.hoist import fused
 
     return fused.hoist(x, groups, weights, heads)

@@ -14,7 +14,7 @@ from nsm_graph.ops.segment import group_sum
 
 
 def hoist(x: Tensor, groups: TokenGroups, w: HoistWeights, heads: int) -> Hoisted:
-    """Keys, values, routed sums and routing weights."""
+    """Keys, values, routed sums and routing weights: a scan has gradients with respect to these."""
     num_groups, num_states = groups.first.numel(), w.logits.size(0) // heads
     counts = groups.ptr.diff()
     group_T = torch.arange(num_groups).repeat_interleave(counts)
@@ -31,5 +31,5 @@ def hoist(x: Tensor, groups: TokenGroups, w: HoistWeights, heads: int) -> Hoiste
     messages = weights_TN.unsqueeze(2) * x_TC.unsqueeze(1)
     sums = group_sum(messages.flatten(0, 1), row_TN.flatten(), num_groups * num_states)
     order = torch.argsort(row_TN.flatten(), stable=True)  # by group, state and token
-    weights = weights_TN.detach().flatten()[order]
+    weights = weights_TN.flatten()[order]
     return Hoisted(key, value, F.linear(sums, w.out, w.out_bias), weights)
