@@ -73,13 +73,15 @@ def why_not_fused(
 
 def _why_scan_is_not_fused(cell: StateMachineCell) -> str | None:
     scan = cell.scan
+    if type(scan) is SegmentScan and len(scan.layers) > 1:
+        return "later layers of a scan read what earlier ones found"
     if type(scan) is not SegmentScan or not all(map(_is_known, scan.modules())):
         return "a part of the scan was replaced, or a hook watches it"
-    if len(scan.layers) > 1:
-        return "later layers of a scan read what earlier ones found"
     layer = scan.layers[0]
     if layer.routed or layer.backend is not None:
         return "the scan's reflections are gated, or its backend was chosen"
+    if len({float(heads.stretch) for heads in layer.children()}) > 1:
+        return "the gates of the scan's heads are not stretched alike"
     if not _hoists_plainly(cell):
         return "keys or routed sums are not the documented ones, and there is a scan"
     return None
@@ -182,6 +184,8 @@ _GLOBAL_HOOKS = (
     "_global_backward_pre_hooks",
 )
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+#: What a module of the cell's is called by.
+_METHODS = ("forward", "attend", "convolve", "hoist", "advance", "read_out", "prepare", "steps")
 
 #: What the cell is made of; a part of another type may do anything.
 _KINDS = (
@@ -238,6 +242,6 @@ def _has_bias(module: nn.Module) -> bool:
 def _is_watched(module: nn.Module) -> bool:
     """Torch's hooks and PyG's, and methods of its own."""
     held = vars(module)
-    if any(held[hooks] for hooks in _HOOKS) or "forward" in held or "attend" in held:
+    if any(held[hooks] for hooks in _HOOKS) or any(name in held for name in _METHODS):
         return True
     return isinstance(module, MessagePassing) and is_watched(module)

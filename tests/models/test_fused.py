@@ -1,9 +1,6 @@
 """The machine with its loop in one kernel: the numbers of the loop step by step, or that loop."""
 
-import contextlib
-import copy
 import logging
-from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -13,6 +10,16 @@ from hypothesis import strategies as st
 from small_machines import COUNTS, SIZES, make_machine, run
 from torch import nn
 from torch.nn.utils import parametrizations
+from two_ways import (
+    assert_is_right,
+    assert_same,
+    both_ways,
+    in_one_kernel,
+    reason_of,
+    reasons,
+    results,
+    step_by_step,
+)
 
 from nsm_graph import NeuralStateMachine, topology
 from nsm_graph.bench.record import peak_mib
@@ -27,97 +34,6 @@ from nsm_graph.nn import (
 from nsm_graph.ops.segment_loop import fused as loop_in_one_kernel
 from nsm_graph.ops.segment_loop import release_memory
 from nsm_graph.testing import assert_close_to_norm
-
-
-@contextlib.contextmanager
-def step_by_step():
-    """Every loop goes step by step."""
-    with (
-        mock.patch.object(sequence, "why_not_fused", return_value="asked for"),
-        mock.patch.object(sequence, "say_why_not"),
-    ):
-        yield
-
-
-@contextlib.contextmanager
-def in_one_kernel():
-    """Fails unless every loop ran in one kernel."""
-    with (
-        mock.patch.object(sequence, "read_fused", wraps=fused.read_fused) as kernel,
-        mock.patch.object(sequence, "read_segments") as loop,
-    ):
-        yield
-    assert kernel.called and not loop.called
-
-
-@contextlib.contextmanager
-def reasons():
-    """What :func:`why_not_fused` answers; only where it is a reason may the loop be used."""
-    found = []
-
-    def ask(*args, **options):
-        found.append(fused.why_not_fused(*args, **options))
-        return found[-1]
-
-    with (
-        mock.patch.object(sequence, "why_not_fused", ask),
-        mock.patch.object(sequence, "read_fused", wraps=fused.read_fused) as kernel,
-        mock.patch.object(sequence, "read_segments", wraps=sequence.read_segments) as loop,
-    ):
-        yield found
-    assert kernel.call_count == found.count(None)
-    assert loop.call_count == len(found) - found.count(None)
-
-
-def both_ways(function):
-    """Results of a function whose loops run in one kernel, and of the same step by step."""
-    with in_one_kernel():
-        actual = function()
-    with step_by_step():
-        return actual, function()
-
-
-def results(machine, x, counts, **options):
-    """Everything that a call and its backward give, by name."""
-    x = x.clone().requires_grad_()
-    machine.zero_grad()
-    result = run(machine, x, counts, **options)
-    found = {"out": result.out, "states": result.state.states}
-    if result.state.cell is not None:
-        found["cell"] = result.state.cell
-    if result.tokens is not None:
-        found["tokens"] = result.tokens
-    # The state that is carried on has gradients, too.
-    direction = torch.cos(torch.arange(result.out.numel())).view_as(result.out)
-    loss = (result.out * direction).sum() + 0.1 * result.state.states.square().sum()
-    if result.state.cell is not None:
-        loss = loss + 0.1 * result.state.cell.square().sum()
-    loss.backward()
-    grads = {name: p.grad for name, p in machine.named_parameters() if p.grad is not None}
-    return {name: x.detach() for name, x in found.items()}, {"x": x.grad} | grads
-
-
-def assert_same(actual, expected):
-    for name, wanted in expected[0].items():
-        assert_close_to_norm(actual[0][name], wanted, 1e-5, name)
-    assert actual[0].keys() == expected[0].keys() and actual[1].keys() == expected[1].keys()
-    # What cancels to nothing, as the slope of a score may, is held to all the others.
-    whole = torch.cat([x.flatten() for x in expected[1].values()]).norm()
-    for name, wanted in expected[1].items():
-        assert (actual[1][name] - wanted).norm() <= 1e-5 * max(wanted.norm(), 1e-2 * whole), name
-
-
-def assert_is_right(machine, counts=(5, 0, 7, 2), state=None):
-    """One kernel in float32 gives what single steps in float64 give."""
-    x = torch.randn(sum(counts), 3)
-    exact, exact_state = copy.deepcopy(machine).double(), state
-    if state is not None:
-        cell = None if state.cell is None else state.cell.double()
-        exact_state = replace(state, states=state.states.double(), cell=cell)
-    with in_one_kernel():
-        actual = results(machine, x, list(counts), state=state)
-    with step_by_step():
-        assert_same(actual, results(exact, x.double(), list(counts), state=exact_state))
 
 
 @st.composite
@@ -291,15 +207,6 @@ def test_checkpointing_keeps_less():
 # When not ##########################################################################
 
 
-def reason_of(machine, counts=(5, 0, 7), **options):
-    """Why the machine does not read in one kernel; None where it does."""
-    x = torch.randn(sum(counts), 3, dtype=machine.manager.bank.dtype)
-    with reasons() as found:
-        run(machine, x, list(counts), **options)
-    (reason,) = found
-    return reason
-
-
 class OwnAttention(HybridAttention):
     pass
 
@@ -324,13 +231,15 @@ def test_nothing_speaks_against_the_documented_cell():
     assert reason_of(make_machine(communication=None)) is None
     assert reason_of(make_machine(cell="lstm")) is None
     assert reason_of(make_machine(checkpoint_segments=2)) is None
+    scan = SegmentScan(8, 8, 3)
+    assert reason_of(make_machine(scan=scan, state_channels=8)) is None
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"dtype": torch.float64}, "torch.float64 asks for the reference"),
-        ({"scan": SegmentScan(8, 8, 3, 2), "state_channels": 8}, "a scan or a snap acts"),
+        ({"scan": SegmentScan(8, 8, 3, 2, backend="chunked"), "state_channels": 8}, "scan"),
         ({"mix": "bias"}, "attention has a bias"),
         ({"mix": "attention"}, "routing and attention are not added"),
         ({"mix": "routing"}, "routing and attention are not added"),
@@ -364,7 +273,7 @@ def test_other_devices_and_a_snap_go_step_by_step():
     assert fused.why_not_fused(cell, states) is None
     assert "no kernel for meta" in fused.why_not_fused(cell, states.to("meta"))
     cell.snap = StateSnap(torch.randn(2, 3, 4))
-    assert "a scan or a snap acts" in fused.why_not_fused(cell, states)
+    assert "a snap acts" in fused.why_not_fused(cell, states)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -133,6 +133,9 @@ def scan_backward(layout, steps, memories, d_after, d_before, first, count, d_re
     gradients may be one array. Without ``d_reads`` (no rows) nobody asked for what was read.
     """
     width, size = layout.width, layout.num_states
+    # What stands behind them as well: an example before, of no numbers, may have left its own.
+    memories.d_states[:] = memories.d_states.dtype.type(0)
+    memories.d_held[:] = memories.d_held.dtype.type(0)
     for head in range(layout.transition):
         own = d_after[:, head * width : (head + 1) * width]
         vectors.transpose(memories.d_states[head], own)
