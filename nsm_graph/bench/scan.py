@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -46,9 +48,8 @@ def bench_scan(*, repetitions: int = 5, length: int = LENGTH) -> list[BenchRecor
         is_right = _agrees(machine)
         stepwise.cell.fuse = False
         machines = {"ours": machine, "no scan": plain[reads], "step by step": stepwise}
-        time = interleaved_medians(
-            {peer: lambda m=m: _step(m, x, batch) for peer, m in machines.items()}, repetitions
-        )
+        runs = {peer: partial(_step, m, x, batch) for peer, m in machines.items()}
+        time = interleaved_medians(runs, repetitions)
         records += [
             BenchRecord(f"scan: {name}", peer, time["ours"], time[peer], is_right, target)
             for peer, target in (("no scan", TARGET), ("step by step", TARGET_STEP_BY_STEP))
