@@ -22,6 +22,7 @@ from nsm_graph.models.machine import NeuralStateMachine
 from nsm_graph.nn import SegmentScan
 from nsm_graph.topology import Topology
 from nsm_graph.training.config import Config
+from nsm_graph.training.memory_config import MemoryConfig
 from nsm_graph.training.model_config import SCAN_KEYS, ModelConfig
 
 SCAN_CONFIG = ("scan_layers", *SCAN_KEYS)
@@ -60,7 +61,8 @@ def matched_baseline(config: Config, kind: str, info: DatasetInfo, target: nn.Mo
 
     def with_width(channels: int) -> Config:
         tie = config.model.tie_embeddings
-        return replace(config, model=ModelConfig(kind=kind, channels=channels, tie_embeddings=tie))
+        model = ModelConfig(kind=kind, channels=channels, tie_embeddings=tie)
+        return replace(config, model=model, memory=MemoryConfig())
 
     def make(channels: int) -> nn.Module:
         return build_model(with_width(channels), info)

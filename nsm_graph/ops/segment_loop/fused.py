@@ -127,8 +127,8 @@ def _name(call: _Call, given: Any) -> _Given:
     scan = None
     if call.scan is not None:
         layout, stretch = call.scan
-        x_scan, *parameters = given[-SCAN_TENSORS:]
-        scan = LoopScan(x_scan, *parameters, layout, stretch)
+        x_scan, weight, bias, convolution, its_bias, tail = given[-SCAN_TENSORS:]
+        scan = LoopScan(x_scan, weight, bias, convolution, its_bias, tail, layout, stretch)
     return _Given(states, cell, routed, key, value, x, projections, weights, scan)
 
 
