@@ -123,7 +123,7 @@ class MemoryEditor:
         slots = manager.slots
         return MemoryView(
             step=self.num_steps,
-            loss=None if loss is None else float(loss),
+            loss=float(loss.detach()) if isinstance(loss, Tensor) else loss,
             slots=slots,
             states=manager.bank.detach()[slots],
             signals={name: manager.signal_ema(name)[slots] for name in manager.decays},
