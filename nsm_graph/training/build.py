@@ -91,6 +91,8 @@ def _machine_options(config: Config, info: DatasetInfo) -> dict[str, Any]:
     model = config.model
     # The machine has no default for this: a graph is read as a whole.
     options: dict[str, Any] = {"segment_length": model.segment_length}
+    if config.memory.watch is not None:
+        options["watch"] = config.memory.watch
     if model.scan_layers is not None:
         options["scan"] = _scan(model)
     if model.position == "none":

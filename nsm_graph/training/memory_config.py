@@ -4,10 +4,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nsm_graph.memory import Every, Grow, MemoryEditor, Merge, Prune, Split, StateManager
-from nsm_graph.training.checks import check_range, check_types, given
+from nsm_graph.memory import (
+    Every,
+    Grow,
+    MemoryEditor,
+    Merge,
+    OnPlateau,
+    Prune,
+    Split,
+    StateManager,
+)  # fmt: skip
+from nsm_graph.memory.policy import Policy
+from nsm_graph.training.checks import check_choice, check_range, check_types
 
-RULES = ("prune_below", "merge_above", "split_above", "grow_above")
+RULES = ("prune_below", "merge_above", "split_above", "grow_above", "plateau")
+SIGNALS = ("routing", "gradient", "update")
+#: Horizon of every signal's moving average, in steps.
+HORIZON = 100
 
 
 @dataclass(kw_only=True)
@@ -16,11 +29,13 @@ class MemoryConfig:
 
     Args:
         every: nsm: steps between two looks at the memory; never if not given.
-        prune_below: Remove states that get less than this share of the mean routing mass.
+        prune_below: Remove states whose signal is less than this share of the mean.
         merge_above: Merge the two most alike states from this cosine of their bank rows on.
-        split_above: Split the busiest state from so many times the mean routing mass on.
+        split_above: Split the busiest state from so many times the mean of the signal on.
         grow_above: Add a state while the occupancy, the effective number of states over their
             number, is at least this.
+        signal: Which signal pruning and splitting look at: routing (mass), gradient or update.
+        plateau: Add a state when the training loss has not fallen for so many looks.
         min_states: Never fewer states.
         max_states: Never more; as many as there are slots if not given.
         protect: Steps in which a new state is neither pruned nor merged.
@@ -32,6 +47,8 @@ class MemoryConfig:
     merge_above: float | None = None
     split_above: float | None = None
     grow_above: float | None = None
+    signal: str = "routing"
+    plateau: int | None = None
     min_states: int = 1
     max_states: int | None = None
     protect: int = 0
@@ -44,6 +61,8 @@ class MemoryConfig:
         check_range("memory.merge_above", self.merge_above, -1, 1)
         check_range("memory.split_above", self.split_above, 1)
         check_range("memory.grow_above", self.grow_above, 0, 1)
+        check_choice("memory.signal", self.signal, SIGNALS)
+        check_range("memory.plateau", self.plateau, 1)
         check_range("memory.min_states", self.min_states, 1)
         check_range("memory.max_states", self.max_states, self.min_states)
         check_range("memory.protect", self.protect, 0)
@@ -56,20 +75,28 @@ class MemoryConfig:
             )
 
     @property
+    def watch(self) -> dict[str, float] | None:
+        """What the machine is to watch beside the routing mass."""
+        return None if self.signal == "routing" else {self.signal: HORIZON}
+
+    @property
     def is_given(self) -> bool:
         return self.every is not None
 
     def editor(self, manager: StateManager, seed: int) -> MemoryEditor:
         """An editor for these states."""
-        rules = {
-            "prune_below": Prune, "merge_above": Merge, "split_above": Split, "grow_above": Grow,
-        }  # fmt: skip
-        keys = given(self)
-        policies = [
-            Every(self.every or 1, rule(**{key.partition("_")[2]: keys[key]}))
-            for key, rule in rules.items()
-            if key in keys
-        ]
+        policies: list[Policy] = []
+        if self.prune_below is not None:
+            policies.append(Prune(below=self.prune_below, signal=self.signal))
+        if self.merge_above is not None:
+            policies.append(Merge(self.merge_above))
+        if self.split_above is not None:
+            policies.append(Split(self.split_above, self.signal))
+        if self.grow_above is not None:
+            policies.append(Grow(self.grow_above))
+        if self.plateau is not None:
+            policies.append(OnPlateau(self.plateau, Grow(0.0)))
+        policies = [Every(self.every or 1, policy) for policy in policies]
         return MemoryEditor(
             manager, *policies, min_states=max(self.min_states, manager.min_states),
             max_states=self.max_states, protect=self.protect, cool_down=self.cool_down, seed=seed,
