@@ -24,6 +24,7 @@ commands:
                              [--section.key value ...]
   evaluate RUN [--length L] [--segment-length S] [--examples N] [--snap N] [--json FILE]
                              [--section.key value ...]
+  history RUN --memory
   bench NAME [--json FILE] [--repetitions N]
   info
   --version
@@ -52,6 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     commands: dict[str, Callable[[list[str]], None]] = {
         "train": train,
         "evaluate": evaluate,
+        "history": history,
         "bench": bench,
         "info": info,
     }
@@ -167,6 +169,33 @@ def _length(text: str | int | None) -> int | tuple[int, int] | None:
     if len(ends) > 2 or not all(end.isdigit() for end in ends):
         raise UserError(f"--length: expected a number, or A:B for a range; got {text}")
     return int(ends[0]) if len(ends) == 1 else (int(ends[0]), int(ends[1]))
+
+
+def history(argv: list[str]) -> None:
+    """Prints what happened to the node set in the course of a run, edit by edit."""
+    parser = argparse.ArgumentParser("nsm-graph history", description=history.__doc__)
+    parser.add_argument("run", metavar="RUN", type=Path, help="Run directory.")
+    parser.add_argument(
+        "--memory", action="store_true", required=True, help="The edits of the memory."
+    )
+    options = parser.parse_args(argv)
+    log = options.run / "metrics.jsonl"
+    if not log.is_file():
+        raise UserError(
+            f"history: expected a run directory with metrics.jsonl; {options.run} has none"
+        )
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    edits = [line for line in lines if line["split"] == "memory"]
+    if not edits:
+        print("no edits: the run had no memory.every, or nothing came of it")
+        return
+    print(f"{'step':>6}  {'kind':8}  {'states':>6}  slots, reason")
+    for edit in edits:
+        slots = ", ".join("+".join(map(str, x)) if isinstance(x, list) else str(x)
+                          for x in edit["slots"])  # fmt: skip
+        print(
+            f"{edit['step']:6}  {edit['kind']:8}  {edit['num_active']:6}  {slots}: {edit['reason']}"
+        )
 
 
 def bench(argv: list[str]) -> None:

@@ -12,6 +12,7 @@ from nsm_graph.bench import (
     BenchRecord,
     attention,
     bench_attention,
+    bench_editing,
     bench_memory,
     bench_routing,
     bench_scan,
@@ -80,8 +81,14 @@ def test_where_the_system_does_not_tell_the_peak_is_unknown(monkeypatch):
 
 def test_the_scan_is_checked_and_timed(monkeypatch):
     records = bench_scan(repetitions=1, length=32)
-    assert [record.peer for record in records].count("no scan") == 4
+    assert [record.peer for record in records].count("no scan") == 5
     assert all(record.correct and record.ours_ms > 0 for record in records)
+
+
+def test_edits_are_checked_and_timed():
+    half, watched = bench_editing(repetitions=1, length=32)
+    assert half.correct
+    assert watched.correct
 
 
 @pytest.fixture

@@ -214,3 +214,25 @@ def test_a_text_model_is_not_evaluated_on_another_alphabet(capsys, tmp_path):
     capsys.readouterr()
     message = failure(capsys, "evaluate", run, "--data.path", str(tmp_path / "b.txt"))
     assert "data.path: expected the 4 characters of the text of the training" in message
+
+
+def test_history_shows_the_edits_of_the_memory(run, tmp_path, capsys):
+    assert main(["history", str(run), "--memory"]) == 0
+    assert "no edits" in capsys.readouterr().out
+    edits = [
+        {"step": 20, "kind": "merge", "slots": [[1, 4]], "reason": "alike", "num_active": 7},
+        {"step": 1040, "kind": "prune", "slots": [0, 3], "reason": "idle", "num_active": 5},
+    ]
+    lines = [{"split": "train", "step": 1, "loss": 1.0}]
+    lines += [{"split": "memory", **edit} for edit in edits]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert main(["history", str(tmp_path), "--memory"]) == 0
+    shown = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert shown[1:] == [
+        ["20", "merge", "7", "1+4:", "alike"],
+        ["1040", "prune", "5", "0,", "3:", "idle"],
+    ]
+
+
+def test_a_history_of_nothing(tmp_path, capsys):
+    assert "has none" in failure(capsys, "history", str(tmp_path), "--memory")

@@ -14,7 +14,7 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("code", blocks("python"), ids=["layer", "graph", "scan", "topology"])
+@pytest.mark.parametrize("code", blocks("python"), ids=["layer", "graph", "scan", "memory", "topology"])
 def test_readme_example_runs(code: str, capsys) -> None:
     exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
     assert "nan" not in capsys.readouterr().out

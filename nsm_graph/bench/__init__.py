@@ -5,6 +5,7 @@ from collections.abc import Callable
 from nsm_graph.bench.attention import bench_attention as bench_attention
 from nsm_graph.bench.attention import bench_memory as bench_memory
 from nsm_graph.bench.attention import bench_routing as bench_routing
+from nsm_graph.bench.editing import bench_editing as bench_editing
 from nsm_graph.bench.gpu import bench_gpu as bench_gpu
 from nsm_graph.bench.imports import bench_imports as bench_imports
 from nsm_graph.bench.loop import bench_loop as bench_loop
@@ -25,6 +26,7 @@ def bench_all(*, repetitions: int = 5) -> list[BenchRecord]:
 BENCHES: dict[str, Callable[..., list[BenchRecord]]] = {
     "all": bench_all,
     "attention": bench_attention,
+    "editing": bench_editing,
     "gpu": bench_gpu,
     "import": bench_imports,
     "loop": bench_loop,

@@ -11,6 +11,7 @@ and every edit reaches all of them, and the optimizer's state of those that are 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from operator import attrgetter
@@ -20,11 +21,19 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.optim import Optimizer
 
+logger = logging.getLogger("nsm_graph")
+
 #: Optimizer state that scales the steps. A fresh row takes the survivors' mean: the step counter is
 #: shared, so a zero second moment would make the row jump, and a zero step size would freeze it.
 SECOND_MOMENTS = frozenset(
-    {"exp_avg_sq", "max_exp_avg_sq", "square_avg", "acc_delta", "sum", "step_size"}
+    {
+        *("exp_avg_sq", "max_exp_avg_sq", "square_avg", "acc_delta", "sum", "step_size"),
+        *("row_var", "col_var", "variance"),  # Adafactor's
+    }
 )
+
+#: What was left alone, said once for each kind of optimizer.
+_said: set[tuple[str, str]] = set()
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,13 +183,32 @@ def apply_edit(
             owner.reset_slots(fresh)  # type: ignore[operator]
 
 
+def _is_per_row(value: object, parameter: Tensor, dim: int) -> bool:
+    """Whether an optimizer's state has the rows of its parameter: shaped alike, or factored."""
+    if not isinstance(value, Tensor) or value.dim() != parameter.dim():
+        return False
+    sizes = zip(value.shape, parameter.shape, strict=True)
+    return value.size(dim) == parameter.size(dim) and all(a in (1, b) for a, b in sizes)
+
+
+def _say_left_alone(optimizer: Optimizer, name: str, value: object) -> None:
+    kind = type(optimizer).__name__
+    if isinstance(value, Tensor) and value.numel() > 1 and (kind, name) not in _said:
+        _said.add((kind, name))
+        logger.info(
+            "%s keeps %s of shape %s for all states together; edits leave it alone",
+            kind, name, tuple(value.shape),
+        )  # fmt: skip
+
+
 def _edit_optimizer_state(
     optimizer: Optimizer, parameter: Tensor, edit: NodeEdit, num_slots: int, dim: int
 ) -> None:
     fresh, survivors = edit.fresh_slots, edit.slots_after[~edit.is_fresh]
     for name, value in optimizer.state.get(parameter, {}).items():
-        if not isinstance(value, Tensor) or value.shape != parameter.shape:
-            continue  # step counters and other state that is not per row
+        if not _is_per_row(value, parameter, dim):
+            _say_left_alone(optimizer, name, value)
+            continue
         edit.apply_to_slots(value, num_slots, dim)
         if fresh.numel() == 0:
             continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -27,7 +28,10 @@ class StateManager(nn.Module):
         max_states: Number of slots; parameters always have this many rows.
         initial_states: Slots active at first; ``None`` for all. (default: :obj:`None`)
         min_states: Pruning never leaves fewer. (default: :obj:`1`)
-        decay: Decay of the moving average per observation. (default: :obj:`0.99`)
+        decay: Decay of the routing mass's moving average per observation. (default: :obj:`0.99`)
+        watch: Further signals to watch and the horizon of each, in observations: ``"gradient"``
+            and ``"update"``, which a machine feeds, and any name that you feed yourself.
+            (default: :obj:`None`)
 
     Raises:
         ValueError: If the counts contradict each other.
@@ -52,6 +56,7 @@ class StateManager(nn.Module):
         initial_states: int | None = None,
         min_states: int = 1,
         decay: float = 0.99,
+        watch: Mapping[str, float] | None = None,
     ) -> None:
         super().__init__()
         initial_states = max_states if initial_states is None else initial_states
@@ -66,15 +71,29 @@ class StateManager(nn.Module):
             raise ValueError(f"decay must lie in [0, 1), but is {decay}")
         self.state_channels, self.max_states = state_channels, max_states
         self.initial_states, self.min_states = initial_states, min_states
-        self.decay = decay
+        #: Of each signal's moving average.
+        self.decays = {"routing": decay}
+        for name, horizon in (watch or {}).items():
+            if not name.isidentifier() or name in ("routing", "importance") or horizon < 1:
+                raise ValueError(
+                    f"watch maps names of signals, other than routing, to horizons of at least 1, "
+                    f"but {name!r} to {horizon}"
+                )
+            self.decays[name] = 1 - 1 / horizon
         self.bank = nn.Parameter(torch.empty(max_states, state_channels))
         self.importance = nn.Parameter(torch.empty(max_states))
         self.register_buffer("importance_ema", torch.empty(max_states))
+        for name in list(self.decays)[1:]:
+            self.register_buffer(f"{name}_ema", torch.zeros(max_states))
+        self.slot_dims = {**type(self).slot_dims, **{self._buffer(name): 0 for name in self.decays}}
         self.register_buffer("active", torch.empty(max_states, dtype=torch.bool))
         # Who else is indexed by slot. Plain lists: the machine owns the manager, not the reverse.
         self._dependents: list[nn.Module] = []
         self._optimizers: list[Optimizer] = []
         self._slots: tuple[Tensor, int, Tensor] | None = None
+        #: Moving averages before a step's first observation, and the sums and counts since, where
+        #: an editor wants the observations of a step to count as one.
+        self._pools: dict[str, tuple[Tensor, Tensor, Tensor]] | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -82,6 +101,8 @@ class StateManager(nn.Module):
         nn.init.normal_(self.bank, std=0.5)
         nn.init.zeros_(self.importance)
         self.importance_ema.fill_(1.0 / self.max_states)
+        for name in list(self.decays)[1:]:
+            self.signal_ema(name).zero_()
         self.active.copy_(torch.arange(self.max_states) < self.initial_states)
         self._slots = None
 
@@ -92,8 +113,9 @@ class StateManager(nn.Module):
         with torch.no_grad():
             self.bank[slots] = torch.randn_like(self.bank[slots]) * 0.5
             self.importance[slots] = 0.0
-            start = self.importance_ema[others].mean() if others.any() else 1.0 / self.max_states
-            self.importance_ema[slots] = start
+            for name in self.decays:
+                ema = self.signal_ema(name)
+                ema[slots] = ema[others].mean() if others.any() else 1.0 / self.max_states
 
     # Who is there ###############################################################
 
@@ -115,8 +137,26 @@ class StateManager(nn.Module):
         rows = self.bank if self.num_active == self.max_states else self.bank[self.slots]
         return rows.repeat(batch_size, 1)
 
+    def pool_observations(self) -> None:
+        """From now on all observations count as one, until this is called again."""
+        self._pools = {}
+
+    def signal_ema(self, name: str) -> Tensor:
+        """The moving average of a signal, one number for each slot, ``[max_states]``."""
+        if name not in self.decays:
+            raise ValueError(
+                f"the memory watches {', '.join(self.decays)}, but not {name!r}; name it in watch="
+            )
+        return getattr(self, self._buffer(name))
+
+    @staticmethod
+    def _buffer(name: str) -> str:
+        return "importance_ema" if name == "routing" else f"{name}_ema"
+
     @torch.no_grad()
-    def update_importance(self, signal: Tensor, slots: Tensor | None = None) -> None:
+    def update_importance(
+        self, signal: Tensor, slots: Tensor | None = None, name: str = "routing"
+    ) -> None:
         r"""Feeds one observation into the moving average.
 
         .. math:: e_m \leftarrow \gamma e_m + (1 - \gamma) \, \overline{x}_m
@@ -124,6 +164,7 @@ class StateManager(nn.Module):
         Args:
             signal: One number per state row, :math:`(N,)`; rows of one slot are averaged.
             slots: Slot of each row; ``None`` if examples hold the active slots in order.
+            name: Which signal. (default: :obj:`"routing"`)
 
         Raises:
             ValueError: If the rows and the slots do not match, or the signal is not finite.
@@ -146,14 +187,25 @@ class StateManager(nn.Module):
             raise ValueError(
                 f"slots names slot {count.numel() - 1}, but there are {self.max_states} slots"
             )
-        total = group_sum(signal.detach().to(self.importance_ema), slots, self.max_states)
+        ema = self.signal_ema(name)
+        total = group_sum(signal.detach().to(ema), slots, self.max_states)
+        before = ema
+        if self._pools is not None:
+            if name in self._pools:
+                before, sums, counts = self._pools[name]
+                total, count = total + sums, count + counts
+            else:
+                before = ema.clone()
         seen = count > 0
         mean = total[seen] / count[seen]
         if not bool(mean.isfinite().all()):
             raise ValueError(
                 "signal holds NaN or infinity, which the moving average would never forget"
             )
-        self.importance_ema[seen] = self.decay * self.importance_ema[seen] + (1 - self.decay) * mean
+        decay = self.decays[name]
+        ema[seen] = decay * before[seen] + (1 - decay) * mean
+        if self._pools is not None:
+            self._pools[name] = (before, total, count)
 
     # Edits ######################################################################
 
@@ -210,39 +262,124 @@ class StateManager(nn.Module):
             )
         return self._edit_to(self.slots, torch.cat([self.slots, free[:n]]).sort().values)
 
-    def prune(self, *, lowest: int | None = None, below: float | None = None) -> NodeEdit:
-        """Deactivates states of least ``importance_ema``; ties go to the lowest slot.
+    def prune(
+        self,
+        *,
+        lowest: int | None = None,
+        below: float | None = None,
+        slots: Tensor | None = None,
+    ) -> NodeEdit:
+        """Deactivates states of least ``importance_ema``, ties to the lowest slot, or those named.
 
         Args:
             lowest: How many to remove.
             below: Remove those whose moving average is smaller; the best ``min_states`` stay.
+            slots: Remove these.
 
         Raises:
-            ValueError: If not exactly one rule is given, or ``lowest`` would leave fewer than
-                ``min_states``.
+            ValueError: If not exactly one rule is given, a slot is not active, or fewer than
+                ``min_states`` would be left.
         """
+        if slots is not None and lowest is None and below is None:
+            self._check_active(slots, "prune")
+            return self._edit_to(self.slots, self.slots[~torch.isin(self.slots, slots)])
         spare = self.num_active - self.min_states
         score = self.importance_ema[self.slots]
-        if lowest is not None and below is None:
+        if lowest is not None and below is None and slots is None:
             if not 0 <= lowest <= spare:
                 raise ValueError(
                     f"cannot prune {lowest} of {self.num_active} states: min_states="
                     f"{self.min_states} must stay, so at most {spare} can go"
                 )
             count = lowest
-        elif below is not None and lowest is None:
+        elif below is not None and lowest is None and slots is None:
             count = min(int((score < below).sum()), spare)
         else:
-            raise ValueError("prune takes exactly one of lowest= and below=")
+            raise ValueError("prune takes exactly one of lowest=, below= and slots=")
         gone = score.argsort(stable=True)[:count]
         stays = torch.ones_like(score, dtype=torch.bool)
         stays[gone] = False
         return self._edit_to(self.slots, self.slots[stays])
 
+    def merge(self, pairs: Tensor) -> NodeEdit:
+        r"""Merges pairs of active slots, ``[K, 2]``: the first of each holds both from then on.
+
+        Rows are mixed by routing mass, which adds up, and so does the share that importance gives:
+        :math:`\sigma(\iota) = \min(\sigma(\iota_a) + \sigma(\iota_b), 1)`.
+
+        Raises:
+            ValueError: If a slot is not active or stands in two pairs, or fewer than
+                ``min_states`` would be left.
+        """
+        self._check_active(pairs.flatten(), "merge")
+        first, second = pairs.unbind(1)
+        stays = ~torch.isin(self.slots, second)
+        after = self.slots[stays]
+        row_of = self._rows_of(self.slots)
+        rows = torch.stack([row_of[after], torch.full_like(after, -1)], 1)
+        new_row = self._rows_of(after)
+        rows[new_row[first], 1] = row_of[second]
+        mass = self.importance_ema[self.slots].clamp(min=1e-12)
+        weights = mass[rows.clamp(min=0)].masked_fill(rows < 0, 0.0)
+        shares = self.importance.detach().sigmoid()
+        share = (shares[first] + shares[second]).clamp(max=1 - 1e-4)
+        mass = self.importance_ema[first] + self.importance_ema[second]
+        edit = NodeEdit(rows, self.slots, after, weights)
+        self.edit(edit)
+        with torch.no_grad():
+            self.importance[first] = share.logit()
+            self.importance_ema[first] = mass
+        return edit
+
+    def split(self, slots: Tensor, noise: float = 0.01) -> NodeEdit:
+        r"""Splits active slots, ``[K]``, into themselves and the lowest free slots.
+
+        Both halves have half the routing mass and, by :math:`\sigma(\iota) \to \sigma(\iota) / 2`,
+        half the share of every token, so that other states get what they got before; noise in the
+        bank, relative to a row's root mean square, tells them apart.
+
+        Raises:
+            ValueError: If a slot is not active, or fewer slots are free.
+        """
+        self._check_active(slots, "split")
+        free = (~self.active).nonzero().flatten()
+        if slots.numel() > free.numel():
+            raise ValueError(
+                f"cannot split {slots.numel()} states: {self.num_active} of max_states="
+                f"{self.max_states} are active, so {free.numel()} can be added"
+            )
+        halves = free[: slots.numel()]
+        row_of = self._rows_of(self.slots)
+        after, order = torch.cat([self.slots, halves]).sort()
+        edit = NodeEdit(torch.cat([row_of[self.slots], row_of[slots]])[order], self.slots, after)
+        share = self.importance.detach()[slots].sigmoid() / 2
+        mass = self.importance_ema[slots] / 2
+        self.edit(edit)
+        with torch.no_grad():
+            for half in (slots, halves):
+                self.importance[half] = share.logit()
+                self.importance_ema[half] = mass
+                rows = self.bank[half]
+                size = rows.square().mean(1, keepdim=True).sqrt()
+                self.bank[half] = rows + noise * size * torch.randn_like(rows)
+        return edit
+
+    def _rows_of(self, slots: Tensor) -> Tensor:
+        """The row of each slot, ``[max_states]``; -1 where it has none."""
+        row = torch.full((self.max_states,), -1, device=slots.device)
+        row[slots] = torch.arange(slots.numel(), device=slots.device)
+        return row
+
+    def _check_active(self, slots: Tensor, what: str) -> None:
+        is_known = torch.isin(slots, self.slots)
+        if not bool(is_known.all()) or slots.unique().numel() != slots.numel():
+            raise ValueError(
+                f"cannot {what} slots {slots.tolist()}: active are {self.slots.tolist()}, each of "
+                f"which can be named once"
+            )
+
     def _edit_to(self, before: Tensor, after: Tensor) -> NodeEdit:
-        row = torch.full((self.max_states,), -1, device=before.device)
-        row[before] = torch.arange(before.numel(), device=before.device)
-        edit = NodeEdit(row[after], before, after)
+        edit = NodeEdit(self._rows_of(before)[after], before, after)
         self.edit(edit)
         return edit
 
@@ -253,6 +390,11 @@ class StateManager(nn.Module):
             ValueError: If the edit starts from other slots than the active ones, leaves fewer
                 than ``min_states``, or its new slots do not ascend or do not exist.
         """
+        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() != -1:
+            raise ValueError(
+                "the node set cannot change while a graph is traced or during backward; edit "
+                "between steps"
+            )
         after = edit.slots_after
         if not torch.equal(edit.slots_before.cpu(), self.slots.cpu()):
             raise ValueError(

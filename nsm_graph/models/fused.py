@@ -139,8 +139,8 @@ def read_fused(
         last_cell = final_cell[0] if final_cell else None
         mass = cell.routing_mass(weights, hoisted.relation)
     steps = list(after.split([step.num_dst for step in plan.steps]))
-    found = zip([states, *steps], plan.steps, strict=False)
-    before = [rows[: step.num_dst] for rows, step in found]
+    pairs = zip([states, *steps], plan.steps, strict=False)
+    before = [rows[: step.num_dst] for rows, step in pairs]
     return Trace(final, last_cell, before, steps, [None] * len(steps)), mass, reads
 
 

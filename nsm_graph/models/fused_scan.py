@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nsm_graph.nn import SegmentScan
 from nsm_graph.nn.scan_heads import MemoryHeads, TransitionHeads
@@ -15,7 +17,7 @@ def loop_scan(
     scan: SegmentScan, x: Tensor, tail: Tensor | None, slots: Tensor, reads: bool
 ) -> LoopScan:
     """The scan over tokens ``x`` behind their examples' ``tail``, for states in these slots."""
-    layer = scan.layers[0]
+    layer: Any = scan.layers[0]
     transition: TransitionHeads | None = layer.transition
     memory: MemoryHeads | None = layer.memory
     composing, recalling = (
@@ -46,20 +48,20 @@ def loop_scan(
     ]
     weights, biases = zip(*(part for part in parts if part is not None), strict=True)
     stretch = layer.memory.stretch if transition is None else transition.stretch
-    convolution = None if scan.convolution is None else scan.convolution.lin
+    weight, bias = torch.cat(weights), torch.cat(biases)
+    convolution = convolution_bias = None
+    if scan.convolution is not None:
+        convolution, convolution_bias = _of(scan.convolution.lin) or (None, None)
     return LoopScan(
-        x, torch.cat(weights), torch.cat(biases), *(_of(convolution) or (None, None)), tail,
-        layout, float(stretch),
-    )  # fmt: skip
+        x, weight, bias, convolution, convolution_bias, tail, layout=layout, stretch=float(stretch)
+    )
 
 
-def _of(part: nn.Module | None) -> tuple[Tensor, Tensor] | None:
+def _of(part: Any) -> tuple[Tensor, Tensor] | None:
     return None if part is None else (part.weight, part.bias)
 
 
-def _of_slots(
-    part: nn.Module | None, scan: SegmentScan, slots: Tensor
-) -> tuple[Tensor, Tensor] | None:
+def _of_slots(part: Any, scan: SegmentScan, slots: Tensor) -> tuple[Tensor, Tensor] | None:
     """Slots stand first, then heads; in the loop heads do, with the slots that there are."""
     if part is None:
         return None

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch_geometric.data import HeteroData
 
-from nsm_graph.memory import StateManager
+from nsm_graph.memory import StateManager, gradient_signal, update_norm
 from nsm_graph.models import hetero
 from nsm_graph.models.cell import StateMachineCell
 from nsm_graph.models.embedding import TokenEmbedding, tied_output
@@ -80,6 +80,9 @@ class NeuralStateMachine(nn.Module):
         max_states: Slots that allocation can fill; ``None`` for ``num_states``.
             (default: :obj:`None`)
         min_states: Pruning never leaves fewer. (default: :obj:`1`)
+        watch: Signals of importance to watch in training beside the routing mass, and the horizon
+            of each: ``{"gradient": 100, "update": 100}``, see
+            :class:`nsm_graph.memory.StateManager`. (default: :obj:`None`)
         dropout: Dropout of tokens and of what the head reads. (default: :obj:`0.0`)
         num_steps: Passes over a graph; only with ``segment_length=None``. (default: :obj:`None`)
         ordered_nodes: The nodes of each graph stand in a meaningful order, so that a scan may read
@@ -133,6 +136,7 @@ class NeuralStateMachine(nn.Module):
         separate_values: bool = False,
         max_states: int | None = None,
         min_states: int = 1,
+        watch: Mapping[str, float] | None = None,
         dropout: float = 0.0,
         num_steps: int | None = None,
         ordered_nodes: bool = False,
@@ -193,7 +197,11 @@ class NeuralStateMachine(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
         self.manager = StateManager(
-            state_channels, max_states, initial_states=num_states, min_states=min_states
+            state_channels,
+            max_states,
+            initial_states=num_states,
+            min_states=min_states,
+            watch=watch,
         )
         self.cell = StateMachineCell(
             token_channels,
@@ -401,8 +409,10 @@ class NeuralStateMachine(nn.Module):
                 record=notes,
             )
         if reading.mass is not None:
-            self._observe(reading.mass, reading.relation)
-        out, tokens = predict(self.head, self.cell, reading, at)
+            self._observe_mass(reading.mass, reading.relation)
+        if self.training and "update" in self.manager.decays:
+            self._observe("update", update_norm(state.states, reading.state.states))
+        out, tokens = predict(self.head, self.cell, reading, at, self._watch_gradient)
         return MachineOutput(out, tokens, reading.state, notes)
 
     def from_hetero(self, data: HeteroData) -> HeteroData:
@@ -429,12 +439,21 @@ class NeuralStateMachine(nn.Module):
             return self.position(tokens, plan.index + state.num_tokens[example])
         return tokens
 
-    def _observe(self, mass: Tensor, relation: Relation) -> None:
+    def _observe_mass(self, mass: Tensor, relation: Relation) -> None:
         """Feeds the routing mass into the moving average; groups without tokens say nothing."""
-        if not bool(mass.sum().isfinite()):
-            return  # a diverged step says nothing either; its loss shows it
         slots = self.manager.slots.repeat(mass.numel() // self.manager.slots.numel())
         if relation.sources.min_count == 0:
             has_tokens = (relation.sources.ptr.diff() > 0)[relation.targets.batch]
             mass, slots = mass[has_tokens], slots[has_tokens]
-        self.manager.update_importance(mass, slots)
+        self._observe("routing", mass, slots)
+
+    def _watch_gradient(self, states: Tensor) -> None:
+        """Feeds what the loss asks of the states that a head reads, once backward knows."""
+        if not (self.training and states.requires_grad and "gradient" in self.manager.decays):
+            return
+        rows = states.detach()
+        states.register_hook(lambda grad: self._observe("gradient", gradient_signal(rows, grad)))
+
+    def _observe(self, name: str, signal: Tensor, slots: Tensor | None = None) -> None:
+        if bool(signal.sum().isfinite()):  # a diverged step says nothing; its loss shows it
+            self.manager.update_importance(signal, slots, name)

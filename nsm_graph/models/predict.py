@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,7 +15,11 @@ from nsm_graph.partition import Partition
 
 
 def predict(
-    head: ExampleHead | TokenHead, cell: StateMachineCell, reading: Reading, at: Tensor | None
+    head: ExampleHead | TokenHead,
+    cell: StateMachineCell,
+    reading: Reading,
+    at: Tensor | None,
+    watch: Callable[[Tensor], None],
 ) -> tuple[Tensor, Tensor | None]:
     """Predictions in input order, and token read-outs ``[T, C_t]`` of token heads.
 
@@ -22,14 +28,17 @@ def predict(
         cell: Says which channels of the states belong to its scan.
         reading: What the machine has read.
         at: Token heads: the tokens to predict for; ``None`` for all.
+        watch: Is shown the states that the head reads, every example's in slot order.
     """
     state = reading.state
     num_examples, num_states = state.num_examples, state.slots.numel()
     if isinstance(head, ExampleHead):
         rows = Partition.uniform(num_examples, num_states, state.slots.device)
+        watch(state.states)
         states = _hide_gated(cell, state.states, rows.batch, num_examples)
         return head(states, rows.batch, num_examples, state.slots), None
     seen = torch.cat([state.states[:0], *(reading.before if head.causal else reading.after)])
+    watch(seen)
     if cell.scan is not None:
         # The scan's channels reach a token through its own read, in order: the states from before
         # or after its segment would make a difference of where segments end.

@@ -22,7 +22,7 @@ def _is_batched(grad: Tensor | None) -> bool:
 
 
 def through_reference(
-    reference: Callable[..., Sequence[Tensor]],
+    reference: Callable[..., Sequence[Tensor | None]],
     given: Sequence[Tensor | None],
     grads: Sequence[Tensor | None],
 ) -> list[Tensor | None]:

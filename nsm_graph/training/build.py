@@ -22,6 +22,7 @@ from nsm_graph.models.machine import NeuralStateMachine
 from nsm_graph.nn import SegmentScan
 from nsm_graph.topology import Topology
 from nsm_graph.training.config import Config
+from nsm_graph.training.memory_config import MemoryConfig
 from nsm_graph.training.model_config import SCAN_KEYS, ModelConfig
 
 SCAN_CONFIG = ("scan_layers", *SCAN_KEYS)
@@ -60,7 +61,8 @@ def matched_baseline(config: Config, kind: str, info: DatasetInfo, target: nn.Mo
 
     def with_width(channels: int) -> Config:
         tie = config.model.tie_embeddings
-        return replace(config, model=ModelConfig(kind=kind, channels=channels, tie_embeddings=tie))
+        model = ModelConfig(kind=kind, channels=channels, tie_embeddings=tie)
+        return replace(config, model=model, memory=MemoryConfig())
 
     def make(channels: int) -> nn.Module:
         return build_model(with_width(channels), info)
@@ -89,6 +91,8 @@ def _machine_options(config: Config, info: DatasetInfo) -> dict[str, Any]:
     model = config.model
     # The machine has no default for this: a graph is read as a whole.
     options: dict[str, Any] = {"segment_length": model.segment_length}
+    if config.memory.watch is not None:
+        options["watch"] = config.memory.watch
     if model.scan_layers is not None:
         options["scan"] = _scan(model)
     if model.position == "none":

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nsm_graph.training.checks import check_choice, check_keys, check_range, check_types, given
+from nsm_graph.training.memory_config import MemoryConfig
 from nsm_graph.training.model_config import KINDS, ModelConfig
 
 
@@ -203,6 +204,10 @@ class TrainConfig:
         )
 
 
+#: The sections of a config, by their keys.
+SECTIONS = {"data": DataConfig, "model": ModelConfig, "train": TrainConfig, "memory": MemoryConfig}
+
+
 @dataclass(kw_only=True)
 class Config:
     """One run.
@@ -211,6 +216,7 @@ class Config:
         data: The data.
         model: The model.
         train: The training.
+        memory: nsm: how the node set changes in training.
         seed: Weights, order of the examples, dropout.
         compare: Baselines of equal parameter count, trained by the same loop for the same time:
             gru,lstm,transformer,deltanet or none.
@@ -219,6 +225,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig
     train: TrainConfig
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
     seed: int = 0
     compare: str = "none"
 
@@ -232,6 +239,11 @@ class Config:
                 "train.harden: expected only with an ordered scan, whose gates it hardens; set "
                 "model.scan_layers, too"
             )
+        if self.memory.is_given and self.model.kind != "nsm":
+            raise ValueError(
+                f"memory.every: expected with model.kind=nsm, which has states; got "
+                f"model.kind={self.model.kind}"
+            )
         if len(set(self.compared)) < len(self.compared):
             raise ValueError(f"compare: expected each baseline once; got {self.compare}")
 
@@ -244,7 +256,7 @@ class Config:
     def from_dict(cls, values: Mapping[str, Any]) -> Config:
         """Builds a config from nested dicts; an unknown key is refused."""
         check_keys(values, cls, "")
-        sections = {"data": DataConfig, "model": ModelConfig, "train": TrainConfig}
+        sections = SECTIONS
         built: dict[str, Any] = {key: value for key, value in values.items() if key not in sections}
         for name, section in sections.items():
             given = values.get(name) or {}
@@ -256,7 +268,7 @@ class Config:
 
     def to_dict(self) -> dict[str, Any]:
         """Nested dicts of everything that is given."""
-        sections = {name: given(getattr(self, name)) for name in ("data", "model", "train")}
+        sections = {name: given(getattr(self, name)) for name in SECTIONS}
         return {**sections, "seed": self.seed, "compare": self.compare}
 
     def save(self, path: Path) -> None:

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from types import TracebackType
 
+from nsm_graph.memory import EditEvent
+
 
 class Log:
     """One JSON line for every event, flushed at once; numbers also go to TensorBoard.
@@ -26,6 +28,12 @@ class Log:
         self._file.flush()
         for name, value in values.items():
             self._board.add_scalar(f"{split}/{name}", value, step)
+
+    def write_edit(self, event: EditEvent) -> None:
+        """Records an edit of the memory, and how many states there are since."""
+        self._file.write(json.dumps({"split": "memory", **event.to_dict()}) + "\n")
+        self._file.flush()
+        self._board.add_scalar("memory/num_active", event.num_active, event.step)
 
     def __enter__(self) -> Log:
         return self

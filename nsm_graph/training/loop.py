@@ -66,6 +66,7 @@ def fit(
     order = torch.Generator().manual_seed(config.seed)  # of the examples, and of their augmentation
     loader = batches(config, splits.info, splits.train, order)
     schedule = Schedule(train, len(loader))
+    editor = config.memory.editor(model.manager, config.seed) if config.memory.is_given else None
 
     step, epoch, progress = 0, 0, 0.0
     best: tuple[float, float] | None = None
@@ -96,6 +97,10 @@ def fit(
                         engine, stepper, max_norm=train.clip, error_if_nonfinite=False
                     )
                 stepper.step()
+                for event in editor.step(loss.detach()) if editor is not None else ():
+                    log.write_edit(event)
+                    if state is not None:
+                        state = state.edit(event.edit, model.manager)
 
                 step += 1
                 if isinstance(loader, FreshSequences):

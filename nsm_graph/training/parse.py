@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nsm_graph.training.config import Config
+from nsm_graph.training.config import SECTIONS, Config
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -46,7 +46,7 @@ def parse(
         )
         raise ValueError(" ".join(str(error).split()) + hint) from None
     values.pop("config")
-    keys = ("data", "model", "train", "seed", "compare")
+    keys = (*SECTIONS, "seed", "compare")
     own = {key: value for key, value in values.items() if key not in keys}
     return Config.from_dict({key: values[key] for key in keys}), own
 

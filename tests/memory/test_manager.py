@@ -477,8 +477,8 @@ def test_wrong_allocation(n):
     [
         ({"lowest": 3}, "cannot prune 3 of 4 states: min_states=2 must stay, so at most 2"),
         ({"lowest": -1}, "cannot prune -1 of 4 states"),
-        ({}, "prune takes exactly one of lowest= and below="),
-        ({"lowest": 1, "below": 0.1}, "prune takes exactly one of lowest= and below="),
+        ({}, "prune takes exactly one of lowest=, below= and slots="),
+        ({"lowest": 1, "below": 0.1}, "prune takes exactly one of lowest=, below= and slots="),
     ],
 )
 def test_wrong_pruning(options, message):

@@ -171,3 +171,14 @@ def test_the_machine_repeats_itself_and_knows_its_optimizer(make_splits, tmp_pat
     with pytest.raises(ValueError, match=r"bank"):
         model.manager.register_optimizer(torch.optim.SGD([torch.zeros(1)]))
     assert any(p is model.manager.bank for p in optimizer.param_groups[0]["params"])
+
+
+def test_training_edits_the_node_set_and_writes_it_down(make_splits, text_splits, tmp_path):
+    memory = {"every": 2, "grow_above": 0.0, "prune_below": 0.9, "max_states": 6, "protect": 2}
+    for name, splits in (("tiny", make_splits()), ("text", text_splits)):
+        config = machine_config(segment_length=4, max_states=8)
+        config = Config.from_dict({**config.to_dict(), "memory": memory})
+        train(config, splits, tmp_path / name)
+        edits = log(tmp_path / name, "memory")
+        assert {edit["kind"] for edit in edits} >= {"allocate"}, name
+        assert all(edit["step"] % 2 == 0 and edit["num_active"] <= 6 for edit in edits)

@@ -5,6 +5,7 @@ Legend: see `steps.py`; a row of numbers for each token stands as `cpu.arrays.La
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -49,13 +50,10 @@ class TokenSteps(NamedTuple):
 def steps_of(rows_BSX: Tensor, layout: Layout, stretch: float, weights_BSN: Tensor) -> TokenSteps:
     """The steps of tokens whose projections stand as the layout says."""
     heads, recalling, width = layout.transition, layout.memory, layout.width
-    ends = (layout.memory_key, layout.query, layout.value, layout.memory_value, layout.gates)
-    sizes = torch.tensor([0, *ends, layout.num_columns]).diff().tolist()
-    key, memory_key, query, value, memory_value, gates = rows_BSX.split(sizes, dim=-1)
-    gates = hard_gate(gates, stretch)
-    ends = (layout.decay, layout.write, layout.memory_beta, layout.num_columns)
-    sizes = torch.tensor([layout.gates, *ends]).diff().tolist()
-    beta, decay, write, memory_beta = gates.split(sizes, dim=-1)
+    firsts = (0, *layout[layout._fields.index("memory_key") :])  # of each part, and the end
+    sizes = [end - first for first, end in pairwise(firsts)]
+    key, memory_key, query, value, memory_value, *gates = rows_BSX.split(sizes, dim=-1)
+    beta, decay, write, memory_beta = (hard_gate(gate, stretch) for gate in gates)
     transition = memory = entries = None
     if heads > 0:
         key = unit(key.unflatten(-1, (heads, layout.reflections, width)))

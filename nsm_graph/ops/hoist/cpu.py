@@ -17,6 +17,7 @@ import numba
 from nsm_graph.ops.cpu import vectors
 from nsm_graph.ops.cpu.compiled import BORROWING, INNER, Kernel
 from nsm_graph.ops.cpu.matmul import add_product, affine, multiply
+from nsm_graph.ops.cpu.rows import add_columns
 
 Array = Any  # numpy arrays in Python, Numba's in kernels
 
@@ -166,18 +167,10 @@ def forward_kernel(
 
 
 @numba.njit(**INNER)
-def _add_rows(total, rows):  # type: ignore[no-untyped-def]
-    for i in range(rows.shape[0]):
-        row = rows[i, : total.shape[0]]
-        for j in range(total.shape[0]):
-            total[j] += row[j]
-
-
-@numba.njit(**INNER)
 def _project_backward(grad, grad_bias, d_x, d_rows, x, turned):  # type: ignore[no-untyped-def]
     """Of ``rows = x W + b``: adds to the gradients of W, of b and of x."""
     add_product(grad, x.T, d_rows)
-    _add_rows(grad_bias, d_rows)
+    add_columns(grad_bias, d_rows, 0)
     add_product(d_x, d_rows, turned)
 
 

@@ -77,7 +77,8 @@ def token_loop(
     scanned: list[Tensor | None] = [None] * SCAN_TENSORS if scan is None else list(scan[:-2])
     given = [states, cell, None, None, None, x, *projections, *weights, *scanned]
     options = None if scan is None else scan[-2:]
-    return TokenResults(*_apply(given, segments, first, heads, talk_heads, keep, options))
+    results: Any = _apply(given, segments, first, heads, talk_heads, keep, options)
+    return TokenResults(*results)
 
 
 def _apply(
@@ -121,10 +122,14 @@ class _Given(NamedTuple):
 
 
 def _name(call: _Call, given: Any) -> _Given:
-    projections = HoistWeights(*given[6:14])
-    weights, scanned = LoopWeights(*given[14:-SCAN_TENSORS]), given[-SCAN_TENSORS:]
-    scan = None if call.scan is None else LoopScan(*scanned, *call.scan)
-    return _Given(*given[:6], projections, weights, scan)
+    states, cell, routed, key, value, x = given[:6]
+    projections, weights = HoistWeights(*given[6:14]), LoopWeights(*given[14:-SCAN_TENSORS])
+    scan = None
+    if call.scan is not None:
+        layout, stretch = call.scan
+        x_scan, weight, bias, convolution, its_bias, tail = given[-SCAN_TENSORS:]
+        scan = LoopScan(x_scan, weight, bias, convolution, its_bias, tail, layout, stretch)
+    return _Given(states, cell, routed, key, value, x, projections, weights, scan)
 
 
 class _Loop(torch.autograd.Function):
@@ -251,10 +256,9 @@ class _Run:
         return [np.ascontiguousarray(x) for x in np.split(ends - sizes, cuts)], int(ends[-1, -1])
 
     def forward(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-        self.kept, *results = self._read()
-        after, final, mass, final_cell, reads = results
-        final_cell = None if self.cell is None else final_cell
-        return after, final, mass, final_cell, reads if len(reads) > 0 else None
+        self.kept, after, final, mass, final_cell, reads = self._read()
+        last_cell = None if self.cell is None else final_cell
+        return after, final, mass, last_cell, reads if self.scan.layout.reads > 0 else None
 
     def _read(self) -> tuple[np.ndarray, Tensor, Tensor, Tensor, Tensor, Tensor]:
         kept = self._take()

@@ -64,17 +64,17 @@ class ScanRun:
         self, num_threads: int, num_tokens: int, d_reads: Tensor | None
     ) -> list[ScanGrads]:
         """For each thread; they share those of tokens, and what is given."""
-        turned = _place(self.convolution, False), _place(self.weights, False)
+        pairs = (self.convolution, self.weights)
+        turned = [_place(pair, False) for pair in pairs]
         d_x = make_token_grads(self.x, num_tokens, self.dtype).numpy()
         d_tail = np.zeros_like(self.tail)
         given = torch.empty(0, self.channels, dtype=self.dtype) if d_reads is None else d_reads
-        return [
-            ScanGrads(
-                *turned, *(self._zeros_like(pair) for pair in (self.convolution, self.weights)),
-                d_x, d_tail, arrays.array(given),
-            )
-            for _ in range(num_threads)
-        ]  # fmt: skip
+        grads = []
+        for _ in range(num_threads):
+            convolution, weights = (self._zeros_like(pair) for pair in pairs)
+            shared = (d_x, d_tail, arrays.array(given))
+            grads.append(ScanGrads(turned[0], turned[1], convolution, weights, *shared))
+        return grads
 
     def total(self, grads: list[ScanGrads]) -> list[Tensor | None]:
         """The gradients of all of :class:`LoopScan`'s tensors; sums over threads."""

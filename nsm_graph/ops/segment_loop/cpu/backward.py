@@ -12,6 +12,7 @@ import numba
 from nsm_graph.ops.cpu import vectors
 from nsm_graph.ops.cpu.compiled import BORROWING, INNER, Kernel
 from nsm_graph.ops.cpu.matmul import add_product, multiply
+from nsm_graph.ops.cpu.rows import add, add_columns, add_rows, copy, copy_rows
 from nsm_graph.ops.hoist.cpu import hoist_block, hoist_block_backward, project, route
 from nsm_graph.ops.segment_loop.cpu.arrays import (
     Array,
@@ -24,7 +25,7 @@ from nsm_graph.ops.segment_loop.cpu.arrays import (
     Tokens,
     Weights,
 )
-from nsm_graph.ops.segment_loop.cpu.forward import copy_rows, take_step, update_cell
+from nsm_graph.ops.segment_loop.cpu.forward import take_step, update_cell
 from nsm_graph.ops.segment_loop.cpu.history import recall, recall_scan
 from nsm_graph.ops.segment_loop.cpu.scan import (
     Block,
@@ -55,15 +56,6 @@ def _attend_backward(  # type: ignore[no-untyped-def]
         add_product(d_key, slopes, query)
     else:
         multiply(d_key, slopes, query)
-
-
-@numba.njit(**INNER)
-def _add_rows(total, rows, first):  # type: ignore[no-untyped-def]
-    """Adds up the columns of ``rows`` from ``first`` on, as many as ``total`` has."""
-    for i in range(rows.shape[0]):
-        row = rows[i, first : first + total.shape[0]]
-        for j in range(total.shape[0]):
-            total[j] += row[j]
 
 
 @numba.njit(**INNER)
@@ -116,7 +108,7 @@ def _talk_backward(  # type: ignore[no-untyped-def]
                 qkv[mine, q], qkv[mine, k], qkv[mine, v], turned,
                 slopes[:size].reshape(num_states, num_states), False,
             )  # fmt: skip
-    _add_rows(grads.qkv_bias, d_qkv, 0)
+    add_columns(grads.qkv_bias, d_qkv, 0)
     propagated = made.x[:num_rows, 2 * channels + gated : 2 * channels + 2 * gated]
     add_product(grads.qkv, propagated.T, d_qkv)
     add_product(d_gated, d_qkv, t.qkv)
@@ -153,8 +145,8 @@ def _gru_backward(t, made, scratch, grads, num_rows):  # type: ignore[no-untyped
         d_before = dx[i, :gated]
         for j in range(gated):
             d_before[j] = d[j] + d_both[j] * reset[j]
-    _add_rows(grads.gates_bias, dg, 0)
-    _add_rows(grads.candidate_bias, dg, 2 * gated)
+    add_columns(grads.gates_bias, dg, 0)
+    add_columns(grads.candidate_bias, dg, 2 * gated)
     add_product(grads.gates, x[:, : 2 * channels].T, dg[:, : 2 * gated])
     add_product(dx[:, : 2 * channels], dg[:, : 2 * gated], t.gates)
 
@@ -187,7 +179,7 @@ def _lstm_backward(t, made, scratch, grads, found, num_rows):  # type: ignore[no
             d_candidate[j] = d_cell[j] * input_gate[j] * (one - candidate[j] * candidate[j])
         for j in range(gated):
             d_cell[j] *= forget_gate[j]
-    _add_rows(grads.gates_bias, dg, 0)
+    add_columns(grads.gates_bias, dg, 0)
     add_product(grads.gates, made.x[:num_rows, : 2 * channels].T, dg)
     dx[:] = zero
     add_product(dx, dg, t.gates)
@@ -217,10 +209,8 @@ def _read_backward(  # type: ignore[no-untyped-def]
         _lstm_backward(t, made, scratch, grads, found, num_rows)
     d_update = dx[:, channels : 2 * channels]
     for i in range(num_rows):
-        source, target = dx[i, channels : 2 * channels], d_routed[i]
-        for j in range(channels):
-            target[j] = source[j]
-    _add_rows(grads.out_bias, dx, channels)
+        copy(d_routed[i, :channels], dx[i, channels : 2 * channels])
+    add_columns(grads.out_bias, dx, channels)
     add_product(grads.out, attended.T, d_update)
     multiply(d_attended, d_update, t.out)
     for example in range(count):
@@ -239,27 +229,15 @@ def _read_backward(  # type: ignore[no-untyped-def]
                 key[first:end, columns], value[first:end, columns], turned,
                 slopes[:size].reshape(end - first, num_states), is_shared,
             )  # fmt: skip
-    _add_rows(grads.query_bias, d_query, 0)
+    add_columns(grads.query_bias, d_query, 0)
     add_product(grads.query, x[:, :channels].T, d_query)
     add_product(dx[:, :channels], d_query, t.query)
     for i in range(num_rows):
-        d, d_before = d_state[i, others:], dx[i, :gated]
-        for j in range(gated):
-            d[j] = d_before[j]
-        d, d_before = d_state[i, :others], dx[i, gated:channels]
-        for j in range(others):
-            d[j] += d_before[j]
+        copy(d_state[i, others:], dx[i, :gated])
+        add(d_state[i, :others], dx[i, gated:channels])
 
 
 # All steps #########################################################################
-
-
-@numba.njit(**INNER)
-def _add(total, rows):  # type: ignore[no-untyped-def]
-    for i in range(rows.shape[0]):
-        own, given = total[i], rows[i]
-        for j in range(own.shape[0]):
-            own[j] += given[j]
 
 
 @numba.njit(**INNER)
@@ -267,9 +245,7 @@ def _fill_rows(rows, numbers, count):  # type: ignore[no-untyped-def]
     """``rows[:count] = numbers``, row after row."""
     channels = rows.shape[1]
     for i in range(count):
-        own, given = rows[i], numbers[i * channels : (i + 1) * channels]
-        for j in range(channels):
-            own[j] = given[j]
+        copy(rows[i], numbers[i * channels : (i + 1) * channels])
 
 
 @partial(Kernel, options=BORROWING)
@@ -374,14 +350,14 @@ def backward_kernel(
                 if scan.x.shape[0] > 0:
                     scratch.scan.carry[known:count] = zero
                 if d_final.shape[0] > 0:
-                    _add(
+                    add_rows(
                         d_state[known * num_states :],
                         d_final[(example + known) * num_states : (example + count) * num_states],
                     )
                 if is_lstm:
                     d_cell[known * num_states : num_rows] = zero
                 if d_final_cell.shape[0] > 0:
-                    _add(
+                    add_rows(
                         d_cell[known * num_states :],
                         d_final_cell[
                             (example + known) * num_states : (example + count) * num_states
@@ -389,7 +365,7 @@ def backward_kernel(
                     )
                 known = count
             if d_after.shape[0] > 0:
-                _add(d_state, d_after[group * num_states : group * num_states + num_rows])
+                add_rows(d_state, d_after[group * num_states : group * num_states + num_rows])
             if w.qkv.shape[0] > 0:
                 _talk_backward(w, t, made, scratch, grads, count, num_states, talk_heads)
             _read_backward(

@@ -15,6 +15,7 @@ import numpy as np
 from nsm_graph.ops.cpu import vectors
 from nsm_graph.ops.cpu.compiled import BORROWING, INNER, Kernel
 from nsm_graph.ops.cpu.matmul import add_product, affine, multiply
+from nsm_graph.ops.cpu.rows import copy_rows
 from nsm_graph.ops.hoist.cpu import hoist_block, write_mass
 from nsm_graph.ops.segment_loop.cpu.arrays import (
     Array,
@@ -183,15 +184,6 @@ def _talk(w, made, out, count, num_states, heads, turned):  # type: ignore[no-un
             normal[j] = (y[j] - mean) * inverse
         for j in range(gated):
             y[j] = normal[j] * w.scale[j] + w.shift[j]
-
-
-@numba.njit(**INNER)
-def copy_rows(target, source, first, width):  # type: ignore[no-untyped-def]
-    """``target[:, first : first + width] = source``, for as many rows as the source has."""
-    for i in range(source.shape[0]):
-        given, own = source[i], target[i, first : first + width]
-        for j in range(width):
-            own[j] = given[j]
 
 
 @numba.njit(**INNER)

@@ -13,6 +13,7 @@ import numba
 from nsm_graph.ops.cpu import vectors
 from nsm_graph.ops.cpu.compiled import INNER
 from nsm_graph.ops.cpu.matmul import add_product, affine, multiply
+from nsm_graph.ops.cpu.rows import add, add_columns, copy
 from nsm_graph.ops.delta_scan.cpu.backward import scan_backward
 from nsm_graph.ops.delta_scan.cpu.forward import scan
 from nsm_graph.ops.delta_scan.cpu.steps import make_steps, steps_backward
@@ -68,12 +69,6 @@ class Block(NamedTuple):
 
 
 @numba.njit(**INNER)
-def _copy(target, source):  # type: ignore[no-untyped-def]
-    for j in range(target.shape[0]):
-        target[j] = source[j]
-
-
-@numba.njit(**INNER)
 def read_tokens(scan_in, s, first, segments, block):  # type: ignore[no-untyped-def]
     """A block's tokens, each behind the one before it."""
     ptr, width = segments.token_ptr, scan_in.x.shape[1]
@@ -83,13 +78,13 @@ def read_tokens(scan_in, s, first, segments, block):  # type: ignore[no-untyped-
         if block.step > 0:
             before = segments.first_group[block.step - 1] + example
             last = first[before] + ptr[before + 1] - ptr[before] - 1
-            _copy(s.pairs[place, :width], scan_in.x[last])
+            copy(s.pairs[place, :width], scan_in.x[last])
         else:
-            _copy(s.pairs[place, :width], scan_in.tail[example])
+            copy(s.pairs[place, :width], scan_in.tail[example])
         for i in range(length):
-            _copy(s.pairs[place + i, width : 2 * width], scan_in.x[first[g] + i])
+            copy(s.pairs[place + i, width : 2 * width], scan_in.x[first[g] + i])
         for i in range(1, length):
-            _copy(s.pairs[place + i, :width], scan_in.x[first[g] + i - 1])
+            copy(s.pairs[place + i, :width], scan_in.x[first[g] + i - 1])
 
 
 @numba.njit(**INNER)
@@ -101,12 +96,10 @@ def make_block(scan_in, s, segments, block):  # type: ignore[no-untyped-def]
         pairs = s.pairs[:count, : 2 * width]
         affine(x, pairs, scan_in.convolution.weight, scan_in.convolution.bias)
         for i in range(count):
-            row, token = x[i], s.pairs[i, width:]
-            for j in range(width):
-                row[j] += token[j]
+            add(x[i], s.pairs[i, width:])
     else:
         for i in range(count):
-            _copy(x[i], s.pairs[i, width:])
+            copy(x[i], s.pairs[i, width:])
     make_steps(scan_in.layout, scan_in.projection, scan_in.stretch, s.steps, s.inverse, x)
 
 
@@ -169,25 +162,18 @@ def _tokens_backward(scan_in, grads, s, first, segments, block):  # type: ignore
     d_x, d_pairs = s.d_x[:count], s.d_pairs[:count, : 2 * width]
     if has_convolution:
         add_product(grads.convolution.weight, s.pairs[:count, : 2 * width].T, d_x)
-        for i in range(count):
-            row = d_x[i]
-            for j in range(width):
-                grads.convolution.bias[j] += row[j]
+        add_columns(grads.convolution.bias, d_x, 0)
         multiply(d_pairs, d_x, grads.turned_convolution.weight)
     for g in range(block.group, block.end):
         place, length, example = ptr[g] - start, ptr[g + 1] - ptr[g], g - block.group
         for i in range(length):
             source, target = d_x[place + i], grads.x[first[g] + i]
-            _copy(target, source)
+            copy(target, source)
             if not has_convolution:
                 continue
-            own = d_pairs[place + i, width:]
-            for j in range(width):
-                target[j] += own[j]
-            later = s.carry[example] if i == length - 1 else d_pairs[place + i + 1, :width]
-            for j in range(width):
-                target[j] += later[j]
+            add(target, d_pairs[place + i, width:])
+            add(target, s.carry[example] if i == length - 1 else d_pairs[place + i + 1, :width])
         if has_convolution:
-            _copy(s.carry[example], d_pairs[place, :width])
+            copy(s.carry[example], d_pairs[place, :width])
             if block.step == 0:
-                _copy(grads.tail[block.example + example], s.carry[example])
+                copy(grads.tail[block.example + example], s.carry[example])

@@ -1,0 +1,268 @@
+"""The editor: policies carried out within limits, on everything that is indexed by slot."""
+
+import json
+
+import pytest
+import torch
+
+import nsm_graph as nsm
+from nsm_graph.memory import Every, Grow, MemoryEditor, Merge, Proposal, Prune, Split, StateManager
+
+
+def propose(kind, slots, **more):
+    """A policy that always wants the same."""
+    slots = torch.as_tensor(slots)
+    return lambda view: [Proposal(kind, slots, "so it is", **more)]
+
+
+def manager_with(mass, **options):
+    manager = StateManager(4, len(mass), **options)
+    manager.importance_ema.copy_(torch.tensor(mass))
+    return manager
+
+
+def machine(**options):
+    defaults = {"segment_length": 4, "heads": 2, "max_states": 6, "pool": "flatten"}
+    return nsm.NeuralStateMachine(2, 8, 4, 3, **(defaults | options))
+
+
+def train_step(model, optimizer, generator):
+    x = torch.randn(20, 2, generator=generator)
+    batch = torch.tensor([0] * 7 + [1] * 13)
+    optimizer.zero_grad()
+    loss = model(x, batch).square().mean()
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
+
+
+def test_proposals_become_edits_and_events():
+    told = []
+    manager = manager_with([0.1, 0.4, 0.3, 0.2])
+    editor = MemoryEditor(manager, Every(2, Prune(lowest=1)), on_event=told.append)
+    assert editor.step() == []
+    (event,) = editor.step()
+    assert (event.step, event.kind, event.slots, event.num_active) == (2, "prune", [0], 3)
+    assert told == editor.events == [event]
+    assert json.loads(json.dumps(event.to_dict())) == {
+        "step": 2, "scope": "global", "kind": "prune", "slots": [0],
+        "reason": "routing is lowest", "scores": [pytest.approx(0.1)], "num_active": 3,
+    }  # fmt: skip
+    assert event.edit.slots_after.tolist() == manager.slots.tolist() == [1, 2, 3]
+
+
+def test_each_policy_sees_what_the_ones_before_have_left():
+    manager = manager_with([0.1, 0.2, 0.3, 0.4])
+    seen = []
+    watch = lambda view: seen.append(view.slots.tolist()) or []  # noqa: E731
+    MemoryEditor(manager, Prune(lowest=1), watch, Prune(lowest=1), watch).step()
+    assert seen == [[1, 2, 3], [2, 3]]
+
+
+def test_limits_cut_proposals_short():
+    manager = manager_with([0.1, 0.2, 0.3, 0.4, 0.0, 0.0], initial_states=4)
+    editor = MemoryEditor(manager, propose("prune", [0, 1, 2, 3]), min_states=3)
+    (event,) = editor.step()
+    assert event.slots == [0]
+    assert editor.step() == []
+    manager = manager_with([0.1] * 6, initial_states=2)
+    (event,) = MemoryEditor(manager, propose("allocate", 9), max_states=5).step()
+    assert event.slots == [2, 3, 4]
+    manager = manager_with([0.1] * 6, initial_states=3)
+    (event,) = MemoryEditor(manager, propose("split", [0, 1, 2]), max_states=5).step()
+    assert event.slots == [[0, 3], [1, 4]]
+    manager = manager_with([0.1] * 6, initial_states=4)
+    (event,) = MemoryEditor(manager, propose("merge", [[0, 1], [2, 3]]), min_states=3).step()
+    assert event.slots == [[0, 1]]
+
+
+def test_slots_that_are_gone_by_now_are_left_out():
+    manager = manager_with([0.25] * 4)
+    editor = MemoryEditor(
+        manager, propose("prune", [1]),
+        propose("prune", [1, 2], scores=torch.tensor([5.0, 6.0])),
+        propose("merge", [[0, 1]]),
+    )  # fmt: skip
+    first, second = editor.step()
+    assert (first.slots, second.slots, second.scores) == ([1], [2], [6.0])
+
+
+def test_new_states_are_protected_and_edits_cool_down():
+    manager = manager_with([0.5, 0.5, 0.0, 0.0], initial_states=2)
+    editor = MemoryEditor(manager, propose("allocate", 1), max_states=3)
+    editor.step()
+    editor.protect, editor.policies = 3, (propose("prune", [2]),)
+    assert [len(editor.step()) for _ in range(4)] == [0, 0, 1, 0]
+    manager = manager_with([0.25] * 4)
+    editor = MemoryEditor(manager, Prune(lowest=1), cool_down=2)
+    assert [len(editor.step()) for _ in range(7)] == [1, 0, 0, 1, 0, 0, 1]
+
+
+def test_a_split_leaves_the_others_what_they_got_and_a_merge_takes_it_back():
+    torch.manual_seed(0)
+    model = machine()
+    manager, router = model.manager, model.cell.router
+    with torch.no_grad():
+        manager.importance.normal_()
+    x = torch.randn(5, 8)
+    relation = nsm.Relation.complete([0, 5], [0, 4])
+    before = router.route(x, router.logits(x, manager.importance, manager.slots), relation).weights
+    before = relation.to_dense(before)[0]  # [N, tokens]
+    edit = manager.split(torch.tensor([1]))
+    assert edit.slots_after.tolist() == [0, 1, 2, 3, 4]
+    relation = nsm.Relation.complete([0, 5], [0, 5])
+    after = router.route(x, router.logits(x, manager.importance, manager.slots), relation).weights
+    after = relation.to_dense(after)[0]
+    torch.testing.assert_close(after[[0, 2, 3]], before[[0, 2, 3]], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(after[1] + after[4], before[1], rtol=1e-4, atol=1e-6)
+    assert not torch.equal(manager.bank[1], manager.bank[4])
+    share, mass = manager.importance[1].sigmoid(), manager.importance_ema[1].clone()
+    manager.merge(torch.tensor([[1, 4]]))
+    assert manager.slots.tolist() == [0, 1, 2, 3]
+    torch.testing.assert_close(manager.importance[1].sigmoid(), 2 * share)
+    torch.testing.assert_close(manager.importance_ema[1], 2 * mass)
+
+
+def test_a_merge_mixes_rows_by_their_mass():
+    manager = manager_with([0.3, 0.1, 0.6])
+    rows = manager.bank.detach().clone()
+    edit = manager.merge(torch.tensor([[0, 1]]))
+    torch.testing.assert_close(manager.bank[0], 0.75 * rows[0] + 0.25 * rows[1])
+    assert torch.equal(manager.bank[2], rows[2])
+    assert manager.importance_ema[0].item() == pytest.approx(0.4)
+    carried = torch.tensor([[1.0], [3.0], [5.0]])
+    assert edit.apply(carried).tolist() == [[1.5], [5.0]]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: torch.optim.AdamW(p, lr=0.01),
+        lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9),
+        lambda p: torch.optim.Adafactor(p, lr=0.01),
+        lambda p: torch.optim.RMSprop(p, lr=0.01, momentum=0.9),
+    ],
+    ids=["adamw", "sgd", "adafactor", "rmsprop"],
+)
+def test_survivors_keep_values_and_optimizer_state_bit_for_bit(make):
+    torch.manual_seed(0)
+    model, generator = machine(), torch.Generator().manual_seed(0)
+    optimizer = make(model.parameters())
+    model.manager.register_optimizer(optimizer)
+    for _ in range(3):
+        train_step(model, optimizer, generator)
+
+    def rows():
+        found = {"bank": model.manager.bank.detach().clone()}
+        for name, x in optimizer.state[model.manager.bank].items():
+            if isinstance(x, torch.Tensor) and x.dim() == 2 and x.size(0) == 6:
+                found[name] = x.clone()
+        return found
+
+    before = rows()
+    assert len(before) > 1
+    model.manager.prune(slots=torch.tensor([2]))
+    model.manager.allocate(2)
+    after = rows()
+    survivors = [0, 1, 3]
+    for name, x in before.items():
+        assert torch.equal(after[name][survivors], x[survivors]), name
+        assert not torch.equal(after[name][2], x[2]), name  # fresh
+    for _ in range(3):
+        assert train_step(model, optimizer, generator).isfinite()
+
+
+def test_what_is_not_per_row_is_left_alone_and_said(caplog):
+    from nsm_graph.memory import edit
+
+    edit._said.clear()
+    model, generator = machine(), torch.Generator().manual_seed(0)
+    optimizer = torch.optim.Adafactor(model.parameters(), lr=0.01)
+    model.manager.register_optimizer(optimizer)
+    train_step(model, optimizer, generator)
+    before = optimizer.state[model.manager.bank]["col_var"].clone()
+    with caplog.at_level("INFO", logger="nsm_graph"):
+        model.manager.prune(lowest=1)
+    assert torch.equal(optimizer.state[model.manager.bank]["col_var"], before)
+    assert "Adafactor keeps col_var of shape" in caplog.text
+
+
+def test_observations_of_one_step_count_as_one():
+    whole, parts = manager_with([0.5, 0.5]), manager_with([0.5, 0.5])
+    for manager in (whole, parts):
+        MemoryEditor(manager)
+    whole.update_importance(torch.tensor([0.8, 0.2, 0.6, 0.4]))
+    parts.update_importance(torch.tensor([0.8, 0.2]))
+    parts.update_importance(torch.tensor([0.6, 0.4]))
+    torch.testing.assert_close(parts.importance_ema, whole.importance_ema)
+    expected = 0.99 * 0.5 + 0.01 * 0.7
+    assert parts.importance_ema[0].item() == pytest.approx(expected)
+
+
+def test_a_machine_feeds_the_signals_that_are_watched():
+    torch.manual_seed(0)
+    model = machine(watch={"gradient": 1, "update": 1}, dropout=0.0)
+    x, batch = torch.randn(20, 2), torch.tensor([0] * 7 + [1] * 13)
+    result = model.run(x, batch)
+    states = result.state.states
+    states.retain_grad()
+    result.out.square().sum().backward()
+    gradient = (states * states.grad).sum(1).abs().view(2, 4).mean(0)
+    torch.testing.assert_close(model.manager.signal_ema("gradient")[:4], gradient)
+    moved = (states - model.manager.initial(2)).norm(dim=1).view(2, 4).mean(0)
+    torch.testing.assert_close(model.manager.signal_ema("update")[:4], moved.detach())
+    model.eval()
+    before = model.manager.signal_ema("update").clone()
+    model(x, batch)
+    assert torch.equal(model.manager.signal_ema("update"), before)
+
+
+def test_edits_go_on_while_training_goes_on():
+    torch.manual_seed(0)
+    model, generator = machine(max_states=8), torch.Generator().manual_seed(0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    model.manager.register_optimizer(optimizer)
+    rules = [Every(4, Grow(0.0)), Every(6, Prune(lowest=1)), Every(10, Split(0.5)),
+             Every(14, Merge(-1.0))]  # fmt: skip
+    editor = MemoryEditor(model.manager, *rules, min_states=2)
+    for _ in range(60):
+        loss = train_step(model, optimizer, generator)
+        assert loss.isfinite()
+        editor.step(loss)
+    assert {event.kind for event in editor.events} == {"allocate", "prune", "split", "merge"}
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("act", "message"),
+    [
+        (lambda m: m.prune(slots=torch.tensor([9])), r"cannot prune slots \[9\]"),
+        (lambda m: m.prune(slots=torch.tensor([0, 0])), "each of which can be named once"),
+        (lambda m: m.prune(slots=torch.arange(4)), "leaves 0 states, but min_states=1"),
+        (lambda m: m.split(torch.tensor([5])), r"cannot split slots \[5\]"),
+        (lambda m: m.split(torch.tensor([0, 1, 2])), "so 2 can be added"),
+        (lambda m: m.merge(torch.tensor([[0, 0]])), r"cannot merge slots \[0, 0\]"),
+        (lambda m: m.merge(torch.tensor([[0, 1], [1, 2]])), "each of which can be named once"),
+        (lambda m: m.signal_ema("surprise"), "watches routing, but not 'surprise'"),
+        (lambda m: MemoryEditor(m, min_states=0), "the manager's limits, but got 0 and 6"),
+        (lambda m: MemoryEditor(m, max_states=7), "the manager's limits, but got 1 and 7"),
+        (lambda m: MemoryEditor(m, propose("eat", [1])).step(), "a proposal is one of allocate"),
+        (lambda m: StateManager(4, 6, watch={"routing": 10}), "other than routing"),
+        (lambda m: StateManager(4, 6, watch={"gradient": 0.5}), "horizons of at least 1"),
+    ],
+)
+def test_wrong_edits(act, message):
+    manager = manager_with([0.1] * 6, initial_states=4)
+    before = {name: x.clone() for name, x in manager.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        act(manager)
+    assert all(torch.equal(x, before[name]) for name, x in manager.state_dict().items())
+
+
+def test_no_edit_during_backward():
+    model = machine()
+    result = model.run(torch.randn(6, 2))
+    result.state.states.register_hook(lambda grad: model.manager.prune(lowest=1) and None)
+    with pytest.raises(ValueError, match="during backward; edit between steps"):
+        result.out.sum().backward()
+    assert model.manager.num_active == 4
