@@ -141,7 +141,7 @@ def test_wrong_fixed_edges():
     with pytest.raises(ValueError, match="names target 2, but there are 2 target nodes"):
         topology.from_edge_index(edge_index, num_nodes=2)
     rule = topology.from_edge_index(edge_index)
-    with pytest.raises(ValueError, match=r"for examples of 3 nodes, .* have \[3, 4\]; make a"):
+    with pytest.raises(ValueError, match=r"examples of 3 nodes, but one has 4; make a .* \(example 0\)"):
         rule(NodeSet.from_counts([4, 3]))
 
 
