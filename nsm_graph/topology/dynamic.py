@@ -10,12 +10,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from nsm_graph.ops.nearest import MEASURES, alike, nearest
+from nsm_graph.ops.nearest.reference import best
 from nsm_graph.relation import Relation
 from nsm_graph.topology.base import Topology, check_examples
 from nsm_graph.topology.checks import at_least, check_enough, check_states
 from nsm_graph.topology.node_set import NodeSet
 from nsm_graph.topology.rows import rows_from_keys
-from nsm_graph.topology.similarity import MEASURES, Excluded, above, best, nearest
 
 #: Scores ``[B, N, M]`` of targets ``[B, N, C]`` and sources ``[B, M, C]``; larger is more alike.
 Score = Callable[[Tensor, Tensor], Tensor]
@@ -69,7 +70,7 @@ def top_k(k: int = 4, score: str | Score = "attention") -> Topology:
                 [0, 1, 2]])
     """
     at_least("top_k(k)", "k", k, 1)
-    return MostAlike(f"top_k({k}{_name_of(score)})", k, score, without_self=False)
+    return MostAlike(f"top_k({k}{_name_of(score)})", k, score)
 
 
 def radius(r: float, metric: str = "euclidean") -> Topology:
@@ -109,8 +110,8 @@ def threshold(least: float, score: str | Score = "attention") -> Topology:
     name = f"threshold({least}{_name_of(score)})"
     if score == "cosine":
         # On the unit sphere: |a - b|^2 = 2 - 2 cos.
-        return AlikeEnough(name, 2.0 * least - 2.0, "cosine", without_self=False)
-    return AlikeEnough(name, least, score, without_self=False)
+        return AlikeEnough(name, 2.0 * least - 2.0, "cosine")
+    return AlikeEnough(name, least, score)
 
 
 class _ByStates(Topology):
@@ -118,9 +119,9 @@ class _ByStates(Topology):
 
     is_dynamic = True
 
-    def __init__(self, name: str, score: str | Score, without_self: bool) -> None:
+    def __init__(self, name: str, score: str | Score) -> None:
         super().__init__()
-        self.name, self.without_self = name, without_self
+        self.name = name
         if isinstance(score, str) and score not in MEASURES:
             known = ", ".join(map(repr, MEASURES))
             raise ValueError(
@@ -130,10 +131,12 @@ class _ByStates(Topology):
             raise ValueError(f"{name}: score must be a name or a function, but is {score!r}")
         self.score = score
 
-    def _pad(self, sources: NodeSet, targets: NodeSet) -> tuple[Tensor, Tensor, Excluded]:
-        """States by example, targets and sources, ready to be compared."""
+    def _states(self, sources: NodeSet, targets: NodeSet) -> tuple[Tensor, Tensor]:
+        """Of targets and sources, ready to be compared."""
         check_examples(self, sources, targets)
-        rows = [_widened(check_states(self, nodes)) for nodes in (targets, sources)]
+        # Distances do not exist in 16 bits.
+        rows = [check_states(self, nodes) for nodes in (targets, sources)]
+        rows = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in rows]
         if isinstance(self.score, str):
             rows = [MEASURES[self.score].prepare(x) for x in rows]
             if rows[0].size(1) != rows[1].size(1):
@@ -141,23 +144,24 @@ class _ByStates(Topology):
                     f"{self!r} compares states of equal width, but targets have {rows[0].size(1)} "
                     f"channels and sources {rows[1].size(1)}; project one"
                 )
-        padding = None if sources.nodes.is_uniform else ~sources.nodes.mask()
-        excluded = Excluded(padding, self.without_self and sources is targets)
-        return targets.nodes.pad(rows[0]), sources.nodes.pad(rows[1]), excluded
+        return rows[0], rows[1]
 
-    def _scores(self, targets: Tensor, sources: Tensor, excluded: Excluded) -> Tensor:
-        """By the user's function."""
-        assert not isinstance(self.score, str)
+    def _scores(self, x: Tensor, y: Tensor, sources: NodeSet, targets: NodeSet) -> Tensor:
+        """By the user's function, ``[B, N, M]``; minus infinity for what is no source."""
+        assert callable(self.score)
+        x, y = targets.nodes.pad(x), sources.nodes.pad(y)
         with torch.no_grad():
-            scores = self.score(targets, sources)
-        shape = (targets.size(0), targets.size(1), sources.size(1))
+            scores = self.score(x, y)
+        shape = (x.size(0), x.size(1), y.size(1))
         if not isinstance(scores, Tensor) or scores.shape != shape:
             got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
             raise ValueError(
                 f"{self!r}: the score function must give (examples, targets, sources), {shape}, "
                 f"but gave {got}"
             )
-        return excluded.apply(scores.clone())
+        if sources.nodes.is_uniform:
+            return scores
+        return scores.masked_fill(~sources.nodes.mask().unsqueeze(1), -torch.inf)
 
     def __repr__(self) -> str:
         return self.name
@@ -166,56 +170,51 @@ class _ByStates(Topology):
 class MostAlike(_ByStates):
     """A fixed number of sources for every target."""
 
-    def __init__(self, name: str, k: int, score: str | Score, without_self: bool) -> None:
-        super().__init__(name, score, without_self)
-        self.k = k
+    def __init__(self, name: str, k: int, score: str | Score, without_self: bool = False) -> None:
+        super().__init__(name, score)
+        self.k, self.without_self = k, without_self
 
     def forward(self, sources: NodeSet, targets: NodeSet | None = None) -> Relation:
         targets = sources if targets is None else targets
-        size = (sources.num_nodes, targets.num_nodes)
-        leaves_out = int(self.without_self and sources is targets)
-        targets_BNC, sources_BMC, excluded = self._pad(sources, targets)
-        if size[1] == 0:
-            nothing = torch.zeros(0, dtype=torch.long, device=targets_BNC.device)
-            return Relation.from_rows(nothing, self.k, size, sources.nodes, targets.nodes)
-        check_enough(self, self.k + leaves_out, sources, targets)
+        without_self = self.without_self and sources is targets
+        x, y = self._states(sources, targets)
+        check_enough(self, self.k + int(without_self), sources, targets)
+        nodes = (targets.nodes, sources.nodes)
         if isinstance(self.score, str):
             measure = MEASURES[self.score]
-            chosen = nearest(measure, targets_BNC, sources_BMC, self.k, excluded)
+            index = nearest(x, y, self.k, measure, *nodes, without_self=without_self)
         else:
-            chosen = best(self._scores(targets_BNC, sources_BMC, excluded), self.k)
-        index = targets.nodes.unpad(chosen + sources.ptr[:-1].view(-1, 1, 1)).sort(1).values
+            chosen = best(self._scores(x, y, sources, targets), self.k).sort(-1).values
+            index = targets.nodes.unpad(chosen + sources.ptr[:-1].view(-1, 1, 1))
+        size = (sources.num_nodes, targets.num_nodes)
         return Relation.from_rows(index.flatten(), self.k, size, sources.nodes, targets.nodes)
 
 
 class AlikeEnough(_ByStates):
     """All sources that are similar enough."""
 
-    def __init__(self, name: str, least: float, score: str | Score, without_self: bool) -> None:
-        super().__init__(name, score, without_self)
-        self.least = least
+    def __init__(
+        self, name: str, least: float, score: str | Score, without_self: bool = False
+    ) -> None:
+        super().__init__(name, score)
+        self.least, self.without_self = least, without_self
 
     def forward(self, sources: NodeSet, targets: NodeSet | None = None) -> Relation:
         targets = sources if targets is None else targets
-        size = (sources.num_nodes, targets.num_nodes)
-        targets_BNC, sources_BMC, excluded = self._pad(sources, targets)
+        without_self = self.without_self and sources is targets
+        x, y = self._states(sources, targets)
+        nodes = (targets.nodes, sources.nodes)
         if isinstance(self.score, str):
             measure = MEASURES[self.score]
-            is_edge = above(measure, targets_BNC, sources_BMC, self.least, excluded)
+            target, source = alike(x, y, self.least, measure, *nodes, without_self=without_self)
         else:
-            is_edge = self._scores(targets_BNC, sources_BMC, excluded) >= self.least
-        if not targets.nodes.is_uniform:
-            is_edge &= targets.nodes.mask().unsqueeze(2)
-        example, target, source = is_edge.nonzero(as_tuple=True)
-        target = target + targets.ptr[example]
-        source = source + sources.ptr[example]
+            is_edge = self._scores(x, y, sources, targets) >= self.least
+            is_edge = is_edge & targets.nodes.mask().unsqueeze(2)
+            example, target, source = is_edge.nonzero(as_tuple=True)
+            target, source = target + targets.ptr[example], source + sources.ptr[example]
+        size = (sources.num_nodes, targets.num_nodes)
         rows = rows_from_keys(target * size[0] + source, size)
         return Relation.from_rows(*rows, size, sources.nodes, targets.nodes)
-
-
-def _widened(x: Tensor) -> Tensor:
-    # Distances do not exist in 16 bits.
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _check_metric(rule: str, metric: str) -> None:

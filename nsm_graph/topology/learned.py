@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from nsm_graph.ops.nearest.reference import best
 from nsm_graph.relation import Relation
 from nsm_graph.topology.base import Topology, same_set
 from nsm_graph.topology.checks import at_least, check_enough
 from nsm_graph.topology.node_set import NodeSet
-from nsm_graph.topology.similarity import best
 
 
 def learned(num_states: int, k: int = 4, *, temperature: float = 1.0) -> Learned:

@@ -18,7 +18,7 @@ from torch import Tensor
 from nsm_graph.partition import Partition
 from nsm_graph.relation import Relation
 
-#: A rule remembers rows of up to so many edges, about 20 bytes each; the oldest go first.
+#: A rule remembers so many edges, about 20 bytes each, and the last example whatever its size.
 MAX_REMEMBERED_EDGES = 2**22
 
 
@@ -97,9 +97,12 @@ class Memo:
             self._relations.move_to_end(key)
             return self._relations[key]
         relation = self._relations[key] = make()
-        while sum(known.num_edges for known in self._relations.values()) > MAX_REMEMBERED_EDGES:
+        while len(self._relations) > 1 and self._num_edges() > MAX_REMEMBERED_EDGES:
             self._relations.popitem(last=False)
         return relation
+
+    def _num_edges(self) -> int:
+        return sum(relation.num_edges for relation in self._relations.values())
 
     def __reduce__(self) -> tuple:
         return Memo, ()  # copies of a rule work it out again

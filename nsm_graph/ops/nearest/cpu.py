@@ -1,0 +1,193 @@
+"""The k most similar sources, for processors: products nominate, differences decide.
+
+A few targets at a time are multiplied with all sources of their example, in the cache. A few more
+than k sources are nominated by that, compared exactly, and chosen from. If a source that was not
+nominated could have been closer, given the rounding of products, the target looks at all.
+
+Legend: N targets, M sources, C channels, K nominated.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+from nsm_graph.ops.cpu.arrays import array, spread
+from nsm_graph.ops.cpu.compiled import OPTIONS, Kernel
+from nsm_graph.ops.cpu.matmul import add_product
+from nsm_graph.ops.cpu.threads import run_all, share_rows
+from nsm_graph.ops.nearest.measures import Measure
+from nsm_graph.partition import Partition
+
+Array = Any  # numpy arrays in Python, Numba's in kernels
+
+#: Sources that are nominated beyond the k.
+SLACK = 4
+#: Targets that are multiplied together.
+ROWS = 16
+#: Similarities that are compared with the least nominated one before one is looked at.
+STRIDE = 32
+
+
+def nearest(
+    targets: Tensor,
+    sources: Tensor,
+    k: int,
+    measure: Measure,
+    target_nodes: Partition,
+    source_nodes: Partition,
+    without_self: bool,
+) -> Tensor:
+    """``[N, k]``, ascending; see the package."""
+    x_NC, y_MC = array(targets), array(sources)
+    y_CM = np.zeros((y_MC.shape[1], spread(len(y_MC))), y_MC.dtype)
+    y_CM[:, : len(y_MC)] = y_MC.T
+    ptr_N, ptr_M = array(target_nodes.ptr), array(source_nodes.ptr)
+    chosen_Nk = torch.empty(len(x_NC), k, dtype=torch.long)
+    arguments = (
+        x_NC, y_MC, y_CM, ptr_N, ptr_M, source_nodes.max_count, measure.unit(targets),
+        measure.is_distance, without_self, chosen_Nk.numpy(),
+    )  # fmt: skip
+    rows = np.arange(len(x_NC) + 1)
+    shares = share_rows(rows, source_nodes.max_count * targets.size(1))
+    run_all(nearest_kernel, [(*arguments, *share) for share in shares])
+    return chosen_Nk
+
+
+@numba.njit(**OPTIONS)
+def _nominate(similarity, itself, values, index):  # type: ignore[no-untyped-def]
+    """The K largest, in any order; their least value bounds all others."""
+    num_wanted, count = len(index), 0
+    least, at = np.inf, 0
+    j, num = 0, len(similarity)
+    while j < num:
+        end = min(j + STRIDE, num)
+        if count == num_wanted:
+            num_larger = 0
+            for i in range(j, end):
+                num_larger += similarity[i] > least
+            if num_larger == 0:
+                j = end
+                continue
+        for i in range(j, end):
+            value = similarity[i]
+            if i == itself or (count == num_wanted and not value > least):
+                continue
+            if count < num_wanted:
+                at = count
+                count += 1
+            # What is not a number is nominated last.
+            values[at] = value if value == value else -np.inf
+            index[at] = i
+            if count == num_wanted:
+                at = 0
+                for p in range(1, num_wanted):
+                    if values[p] < values[at]:
+                        at = p
+                least = values[at]
+        j = end
+    return least
+
+
+@numba.njit(**OPTIONS)
+def _compare(x_NC, n, y_MC, first, index, count, is_distance, values):  # type: ignore[no-untyped-def]
+    """Exact similarities of one target and some sources."""
+    for p in range(count):
+        m = first + index[p]
+        total = x_NC.dtype.type(0)
+        if is_distance:
+            for c in range(x_NC.shape[1]):
+                difference = x_NC[n, c] - y_MC[m, c]
+                total -= difference * difference
+        else:
+            for c in range(x_NC.shape[1]):
+                total += x_NC[n, c] * y_MC[m, c]
+        values[p] = total if total == total else -np.inf
+
+
+@numba.njit(**OPTIONS)
+def _choose(index, values, count, itself, best, best_values):  # type: ignore[no-untyped-def]
+    """The k largest of sources in ascending order, equal ones from the front; the least value."""
+    k, num = len(best), 0
+    for p in range(count):
+        value = values[p]
+        if index[p] == itself or (num == k and not value > best_values[k - 1]):
+            continue
+        at = num if num < k else k - 1
+        num = min(num + 1, k)
+        while at > 0 and best_values[at - 1] < value:
+            best_values[at], best[at] = best_values[at - 1], best[at - 1]
+            at -= 1
+        best_values[at], best[at] = value, index[p]
+    return best_values[k - 1]
+
+
+@Kernel
+def nearest_kernel(
+    x_NC: Array,
+    y_MC: Array,
+    y_CM: Array,
+    ptr_N: Array,
+    ptr_M: Array,
+    most: int,
+    unit: float,
+    is_distance: bool,
+    without_self: bool,
+    chosen_Nk: Array,
+    first: int,
+    end: int,
+) -> None:
+    """Chooses for the targets of a range."""
+    k = chosen_Nk.shape[1]
+    products = np.zeros((ROWS, most + STRIDE), x_NC.dtype)
+    squares = np.zeros(most, x_NC.dtype)
+    values, every = np.zeros(most, x_NC.dtype), np.arange(most)
+    some, some_values = np.zeros(k + SLACK, np.int64), np.zeros(k + SLACK, x_NC.dtype)
+    best_values = np.zeros(k, x_NC.dtype)
+    for example in range(len(ptr_N) - 1):
+        low, high = max(ptr_N[example], first), min(ptr_N[example + 1], end)
+        start, num = ptr_M[example], ptr_M[example + 1] - ptr_M[example]
+        if low >= high:
+            continue
+        is_short = num <= 4 * (k + SLACK)
+        largest = x_NC.dtype.type(0)
+        for m in range(num):
+            square = x_NC.dtype.type(0)
+            for c in range(y_MC.shape[1]):
+                square += y_MC[start + m, c] * y_MC[start + m, c]
+            squares[m] = square
+            largest = max(largest, square)
+        for row in range(low, high, ROWS):
+            num_rows = min(ROWS, high - row)
+            if not is_short:
+                part = products[:num_rows, :num]
+                part[:, :] = 0
+                add_product(part, x_NC[row : row + num_rows], y_CM[:, start : start + num])
+            for n in range(row, row + num_rows):
+                itself = n - ptr_N[example] if without_self else -1
+                own = x_NC.dtype.type(0)
+                for c in range(x_NC.shape[1]):
+                    own += x_NC[n, c] * x_NC[n, c]
+                nominated, count, bound = every, num, -np.inf
+                if not is_short:
+                    similarity = products[n - row, :num]
+                    if is_distance:
+                        for m in range(num):
+                            similarity[m] = 2 * similarity[m] - squares[m] - own
+                    bound = _nominate(similarity, itself, some_values, some)
+                    bound += unit * max(own, largest)
+                    some.sort()
+                    nominated, count = some, len(some)
+                while True:
+                    _compare(x_NC, n, y_MC, start, nominated, count, is_distance, values)
+                    least = _choose(nominated, values, count, itself, chosen_Nk[n], best_values)
+                    if count == num or least > bound:
+                        break
+                    nominated, count = every, num
+                chosen_Nk[n].sort()
+                for p in range(k):
+                    chosen_Nk[n, p] += start
