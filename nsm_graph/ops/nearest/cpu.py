@@ -2,9 +2,10 @@
 
 A few targets at a time are multiplied with all sources of their example, in the cache. A few more
 than k sources are nominated by that, compared exactly, and chosen from. If a source that was not
-nominated could have been closer, given the rounding of products, the target looks at all.
+nominated could have been closer, given the rounding of products, the target looks at all; so it
+does where too many are equally close.
 
-Legend: N targets, M sources, C channels, K nominated.
+Legend: N targets, M sources, C channels.
 """
 
 from __future__ import annotations
@@ -29,8 +30,10 @@ Array = Any  # numpy arrays in Python, Numba's in kernels
 SLACK = 4
 #: Targets that are multiplied together.
 ROWS = 16
-#: Similarities that are compared with the least nominated one before one is looked at.
-STRIDE = 32
+#: Of every so manieth similarity the largest is kept.
+LANES = 64
+#: Up to so many sources, all are compared exactly.
+FEW = 4 * LANES
 
 
 def nearest(
@@ -59,38 +62,40 @@ def nearest(
 
 
 @numba.njit(**OPTIONS)
-def _nominate(similarity, itself, values, index):  # type: ignore[no-untyped-def]
-    """The K largest, in any order; their least value bounds all others."""
-    num_wanted, count = len(index), 0
-    least, at = np.inf, 0
-    j, num = 0, len(similarity)
-    while j < num:
-        end = min(j + STRIDE, num)
-        if count == num_wanted:
-            num_larger = 0
-            for i in range(j, end):
-                num_larger += similarity[i] > least
-            if num_larger == 0:
-                j = end
-                continue
-        for i in range(j, end):
-            value = similarity[i]
-            if i == itself or (count == num_wanted and not value > least):
-                continue
-            if count < num_wanted:
-                at = count
+def _nominate(similarity, most, num_wanted, index):  # type: ignore[no-untyped-def]
+    """A value that at least so many similarities reach, and how many do: those are nominated.
+
+    The largest of every 64th are found side by side. Enough of these reach the value, and few other
+    similarities do. More than there is room for are not written down.
+    """
+    num = len(similarity)
+    most[:] = -np.inf
+    whole = num - num % LANES
+    for start in range(0, whole, LANES):
+        for lane in range(LANES):
+            value = similarity[start + lane]
+            most[lane] = value if value > most[lane] else most[lane]
+    for m in range(whole, num):
+        most[m - whole] = max(most[m - whole], similarity[m])
+    value = -np.inf
+    for lane in range(LANES):
+        num_larger = num_equal = 0
+        for other in range(LANES):
+            num_larger += most[other] > most[lane]
+            num_equal += most[other] == most[lane]
+        if num_larger < num_wanted <= num_larger + num_equal:
+            value = most[lane]
+            break
+    count = 0
+    for lane in range(LANES):
+        if most[lane] < value:
+            continue
+        for m in range(lane, num, LANES):
+            if similarity[m] >= value:
+                if count < len(index):
+                    index[count] = m
                 count += 1
-            # What is not a number is nominated last.
-            values[at] = value if value == value else -np.inf
-            index[at] = i
-            if count == num_wanted:
-                at = 0
-                for p in range(1, num_wanted):
-                    if values[p] < values[at]:
-                        at = p
-                least = values[at]
-        j = end
-    return least
+    return value, count
 
 
 @numba.njit(**OPTIONS)
@@ -143,17 +148,17 @@ def nearest_kernel(
 ) -> None:
     """Chooses for the targets of a range."""
     k = chosen_Nk.shape[1]
-    products = np.zeros((ROWS, most + STRIDE), x_NC.dtype)
+    products = np.zeros((ROWS, most + LANES), x_NC.dtype)
     squares = np.zeros(most, x_NC.dtype)
     values, every = np.zeros(most, x_NC.dtype), np.arange(most)
-    some, some_values = np.zeros(k + SLACK, np.int64), np.zeros(k + SLACK, x_NC.dtype)
+    some, largest_of = np.zeros(4 * (k + SLACK), np.int64), np.zeros(LANES, x_NC.dtype)
     best_values = np.zeros(k, x_NC.dtype)
     for example in range(len(ptr_N) - 1):
         low, high = max(ptr_N[example], first), min(ptr_N[example + 1], end)
         start, num = ptr_M[example], ptr_M[example + 1] - ptr_M[example]
         if low >= high:
             continue
-        is_short = num <= 4 * (k + SLACK)
+        is_short = num <= FEW or k + SLACK > LANES // 2
         largest = x_NC.dtype.type(0)
         for m in range(num):
             square = x_NC.dtype.type(0)
@@ -178,10 +183,13 @@ def nearest_kernel(
                     if is_distance:
                         for m in range(num):
                             similarity[m] = 2 * similarity[m] - squares[m] - own
-                    bound = _nominate(similarity, itself, some_values, some)
+                    if itself >= 0:
+                        similarity[itself] = -np.inf
+                    bound, num_some = _nominate(similarity, largest_of, k + SLACK, some)
                     bound += unit * max(own, largest)
-                    some.sort()
-                    nominated, count = some, len(some)
+                    if k <= num_some <= len(some):
+                        nominated, count = some, num_some
+                        some[:num_some].sort()
                 while True:
                     _compare(x_NC, n, y_MC, start, nominated, count, is_distance, values)
                     least = _choose(nominated, values, count, itself, chosen_Nk[n], best_values)
