@@ -54,7 +54,7 @@ def draw(
     if layout == "matrix":
         dense = torch.zeros(relation.num_dst, relation.num_src)
         dense[relation.edge_index[1].cpu(), relation.edge_index[0].cpu()] = 1
-        ax.imshow(dense, cmap="Blues", vmin=0, vmax=1)
+        ax.imshow(dense.numpy(), cmap="Blues", vmin=0, vmax=1)
         ax.set(xlabel="source", ylabel="target")
         return ax
     is_one_set = relation.sources is relation.targets

@@ -44,7 +44,7 @@ def rows_from_table(source_ND: Tensor, is_edge_ND: Tensor | None = None) -> Rows
     is_kept &= source_ND != torch.iinfo(source_ND.dtype).max
     if bool(is_kept.all()):
         return Rows(source_ND.flatten(), num_candidates)
-    return Rows(source_ND[is_kept], is_kept.sum(1))
+    return _rows(source_ND[is_kept], is_kept.sum(1))
 
 
 def rows_from_pairs(src: Tensor, dst: Tensor, size: tuple[int, int]) -> Rows:
