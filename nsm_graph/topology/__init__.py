@@ -24,13 +24,13 @@ from nsm_graph.topology.node_set import NodeSet as NodeSet
 from nsm_graph.topology.random_graphs import expander as expander
 from nsm_graph.topology.random_graphs import random_regular as random_regular
 from nsm_graph.topology.random_graphs import small_world as small_world
-from nsm_graph.topology.stepwise import random as random
-from nsm_graph.topology.stepwise import scheduled as scheduled
 from nsm_graph.topology.spans import band as band
 from nsm_graph.topology.spans import blocks as blocks
 from nsm_graph.topology.spans import causal as causal
 from nsm_graph.topology.spans import dilated as dilated
 from nsm_graph.topology.spans import window as window
+from nsm_graph.topology.stepwise import random as random
+from nsm_graph.topology.stepwise import scheduled as scheduled
 from nsm_graph.topology.summary import Summary as Summary
 from nsm_graph.topology.trees import from_parents as from_parents
 from nsm_graph.topology.trees import hierarchical as hierarchical
