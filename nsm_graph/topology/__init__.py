@@ -19,7 +19,7 @@ from nsm_graph.topology.lattices import grid as grid
 from nsm_graph.topology.lattices import path as path
 from nsm_graph.topology.lattices import ring as ring
 from nsm_graph.topology.lattices import torus as torus
-from nsm_graph.topology.learned import learned as learned
+from nsm_graph.topology.learning import learned as learned
 from nsm_graph.topology.node_set import NodeSet as NodeSet
 from nsm_graph.topology.random_graphs import expander as expander
 from nsm_graph.topology.random_graphs import random_regular as random_regular
