@@ -19,7 +19,7 @@ from torch import Tensor
 
 from nsm_graph.ops.cpu.arrays import array, spread
 from nsm_graph.ops.cpu.compiled import OPTIONS, Kernel
-from nsm_graph.ops.cpu.matmul import add_product
+from nsm_graph.ops.cpu.matmul import DEPTH, add_product, affine
 from nsm_graph.ops.cpu.threads import run_all, share_rows
 from nsm_graph.ops.nearest.measures import Measure
 from nsm_graph.partition import Partition
@@ -29,11 +29,11 @@ Array = Any  # numpy arrays in Python, Numba's in kernels
 #: Sources that are nominated beyond the k.
 SLACK = 4
 #: Targets that are multiplied together.
-ROWS = 16
+ROWS = 32
 #: Of every so manieth similarity the largest is kept.
 LANES = 64
 #: Up to so many sources, all are compared exactly.
-FEW = 4 * LANES
+FEW = 2 * LANES
 
 
 def nearest(
@@ -59,6 +59,25 @@ def nearest(
     shares = share_rows(rows, source_nodes.max_count * targets.size(1))
     run_all(nearest_kernel, [(*arguments, *share) for share in shares])
     return chosen_Nk
+
+
+@numba.njit(**OPTIONS)
+def _square(x_NC, n):  # type: ignore[no-untyped-def]
+    total = x_NC.dtype.type(0)
+    for c in range(x_NC.shape[1]):
+        total += x_NC[n, c] * x_NC[n, c]
+    return total
+
+
+@numba.njit(**OPTIONS)
+def _sort(index, count):  # type: ignore[no-untyped-def]
+    """The first few numbers, in place."""
+    for p in range(1, count):
+        number, at = index[p], p
+        while at > 0 and index[at - 1] > number:
+            index[at] = index[at - 1]
+            at -= 1
+        index[at] = number
 
 
 @numba.njit(**OPTIONS)
@@ -149,7 +168,7 @@ def nearest_kernel(
     """Chooses for the targets of a range."""
     k = chosen_Nk.shape[1]
     products = np.zeros((ROWS, most + LANES), x_NC.dtype)
-    squares = np.zeros(most, x_NC.dtype)
+    offset = np.zeros(most + LANES, x_NC.dtype)
     values, every = np.zeros(most, x_NC.dtype), np.arange(most)
     some, largest_of = np.zeros(4 * (k + SLACK), np.int64), np.zeros(LANES, x_NC.dtype)
     best_values = np.zeros(k, x_NC.dtype)
@@ -161,41 +180,39 @@ def nearest_kernel(
         is_short = num <= FEW or k + SLACK > LANES // 2
         largest = x_NC.dtype.type(0)
         for m in range(num):
-            square = x_NC.dtype.type(0)
-            for c in range(y_MC.shape[1]):
-                square += y_MC[start + m, c] * y_MC[start + m, c]
-            squares[m] = square
+            square = _square(y_MC, start + m)
             largest = max(largest, square)
+            # Half of minus the squared distance, but for a number that all sources share.
+            offset[m] = -square / 2 if is_distance else 0
         for row in range(low, high, ROWS):
             num_rows = min(ROWS, high - row)
             if not is_short:
                 part = products[:num_rows, :num]
-                part[:, :] = 0
-                add_product(part, x_NC[row : row + num_rows], y_CM[:, start : start + num])
+                own, other = x_NC[row : row + num_rows], y_CM[:, start : start + num]
+                affine(part, own[:, :DEPTH], other[:DEPTH], offset[:num])
+                if len(other) > DEPTH:
+                    add_product(part, own[:, DEPTH:], other[DEPTH:])
             for n in range(row, row + num_rows):
                 itself = n - ptr_N[example] if without_self else -1
-                own = x_NC.dtype.type(0)
-                for c in range(x_NC.shape[1]):
-                    own += x_NC[n, c] * x_NC[n, c]
                 nominated, count, bound = every, num, -np.inf
                 if not is_short:
                     similarity = products[n - row, :num]
-                    if is_distance:
-                        for m in range(num):
-                            similarity[m] = 2 * similarity[m] - squares[m] - own
                     if itself >= 0:
                         similarity[itself] = -np.inf
                     bound, num_some = _nominate(similarity, largest_of, k + SLACK, some)
-                    bound += unit * max(own, largest)
+                    square = _square(x_NC, n)
+                    if is_distance:
+                        bound = 2 * bound - square
+                    bound += unit * max(square, largest)
                     if k <= num_some <= len(some):
                         nominated, count = some, num_some
-                        some[:num_some].sort()
+                        _sort(some, num_some)
                 while True:
                     _compare(x_NC, n, y_MC, start, nominated, count, is_distance, values)
                     least = _choose(nominated, values, count, itself, chosen_Nk[n], best_values)
                     if count == num or least > bound:
                         break
                     nominated, count = every, num
-                chosen_Nk[n].sort()
+                _sort(chosen_Nk[n], k)
                 for p in range(k):
                     chosen_Nk[n, p] += start
