@@ -22,7 +22,7 @@ class Measure(NamedTuple):
 
     prepare: Callable[[Tensor], Tensor]  #: done first to all states
     is_distance: bool  #: minus the squared distance, or else the product
-    error: float  #: of the rough way, in units of rounding times the largest squared norm
+    error: float  #: most that both ways may err together, see :meth:`unit`
 
     def rough(self, targets: Tensor, sources: Tensor) -> Tensor:
         """``[B, N, C], [B, M, C] -> [B, N, M]``."""
@@ -39,13 +39,17 @@ class Measure(NamedTuple):
         return (targets * sources).sum(-1)
 
     def rounding(self, targets: Tensor, sources: Tensor) -> Tensor:
-        """A bound on the rough way's error for every target, ``[..., N]``."""
+        """How far apart the two ways may lie for every target, ``[..., N]``."""
         largest = sources.square().sum(-1).amax(-1, keepdim=True)
         return torch.maximum(targets.square().sum(-1), largest) * self.unit(targets)
 
     def unit(self, x: Tensor) -> float:
-        """The error of a squared norm of one."""
-        return self.error * (x.size(-1) + 4) ** 0.5 * torch.finfo(x.dtype).eps
+        """The same where the largest squared norm is one.
+
+        A sum of C terms errs by C / 2 units of rounding of the sum of their sizes. A rough distance
+        takes three such sums of at most the largest norm, an exact one of up to four times it.
+        """
+        return self.error * (x.size(-1) + 4) * torch.finfo(x.dtype).eps
 
 
 def _unit(x: Tensor) -> Tensor:
@@ -58,7 +62,7 @@ def _scaled(x: Tensor) -> Tensor:
 
 #: Distances; distances of directions; scores of attention without projections.
 MEASURES = {
-    "euclidean": Measure(lambda x: x, True, 8.0),
-    "cosine": Measure(_unit, True, 8.0),
-    "attention": Measure(_scaled, False, 2.0),
+    "euclidean": Measure(lambda x: x, True, 4.0),
+    "cosine": Measure(_unit, True, 4.0),
+    "attention": Measure(_scaled, False, 1.0),
 }
