@@ -1,7 +1,18 @@
-"""Which modules of the package are not searched for examples where their library is missing."""
+"""What the examples of docstrings find, and which modules are not searched for them."""
 
 from importlib.util import find_spec
+
+import pytest
+import torch
+
+from nsm_graph.topology import NodeSet
 
 collect_ignore = []
 if find_spec("triton") is None:
     collect_ignore += [f"nsm_graph/ops/edge_attention/{name}.py" for name in ("gpu", "triton")]
+
+
+@pytest.fixture(autouse=True)
+def names(doctest_namespace):
+    """What examples of topologies have in common."""
+    doctest_namespace.update(torch=torch, NodeSet=NodeSet)

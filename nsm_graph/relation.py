@@ -1,7 +1,8 @@
 r"""Edge sets that know their structure.
 
 A :class:`Relation` is one set of edges from a source node set to a target node set. Layers and
-operations ask it what it knows (complete per example, or general) instead of finding out again.
+operations ask it what it knows (complete per example, grouped by target, or general) instead of
+finding out again.
 
 Legend: M sources, N targets, E edges, B examples; a ``ptr`` of size B + 1 says which rows belong to
 which example, as in PyG.
@@ -9,6 +10,7 @@ which example, as in PyG.
 
 from __future__ import annotations
 
+from copy import copy
 from typing import NamedTuple
 
 import torch
@@ -30,9 +32,13 @@ class CompressedEdges(NamedTuple):
 class Relation:
     r"""One set of edges from M source nodes to N target nodes.
 
-    Build it with :meth:`complete`, :meth:`from_batch` or :meth:`from_edge_index`. The order of the
-    edges is fixed: as given for a general relation; for a complete one by example, then by target,
-    then by source. Per-edge values (attention weights, biases) always stand in this order.
+    Build it with :meth:`complete`, :meth:`from_batch`, :meth:`from_rows` or
+    :meth:`from_edge_index`. The order of the edges is fixed: as given for a general relation; for
+    a complete one by example, then by target, then by source. Per-edge values (attention weights,
+    biases) always stand in this order.
+
+    A relation may carry a ``bias``, which attention over it adds to its scores; see
+    :meth:`with_bias`.
 
     Example:
         >>> relation = Relation.complete([0, 3, 5], [0, 2, 4])   # 3 and 2 tokens, 2 states each
@@ -50,15 +56,25 @@ class Relation:
         sources: Partition | None = None,
         targets: Partition | None = None,
         num_edges: int | None = None,
+        *,
+        csr: CompressedEdges | None = None,
+        degree: int | None = None,
+        bias: Tensor | None = None,
     ) -> None:
         # Internal: no checks. The class methods below are the checked constructors.
         self._edge_index = edge_index
         self.num_src, self.num_dst = size
         self.sources = sources
         self.targets = targets
-        self.is_complete = edge_index is None
+        self.is_complete = edge_index is None and csr is None
+        if csr is not None:
+            num_edges = csr.index.numel()
         self.num_edges = (num_edges or 0) if edge_index is None else edge_index.size(1)
-        self._csr: CompressedEdges | None = None
+        #: Edges of every target, where all are known to have as many.
+        self.degree = degree
+        #: ``[E, 1 or H]``, added to the scores of whatever attends over these edges.
+        self.bias = bias
+        self._csr = csr
         self._csc: CompressedEdges | None = None
         self._positions: Tensor | None = None
 
@@ -109,6 +125,61 @@ class Relation:
         return cls(None, (sources.num_rows, targets.num_rows), sources, targets, num_edges)
 
     @classmethod
+    def from_rows(
+        cls,
+        index: Tensor,
+        degree: Tensor | int,
+        size: tuple[int, int],
+        sources: Partition | None = None,
+        targets: Partition | None = None,
+    ) -> Relation:
+        r"""A relation whose edges already stand by target: nothing is sorted, no list is built.
+
+        Args:
+            index: Sources of the first target, then of the second, and so on, ``[E]``. Not looked
+                at: they must lie in ``0..num_src - 1``.
+            degree: How many of them each target has, ``[N]``, or one number for all.
+            size: ``(num_src, num_dst)``.
+            sources: How the sources fall into examples, where the edges stay inside them.
+            targets: The same for the targets.
+
+        Raises:
+            ValueError: If there are more or fewer sources than the degrees say.
+
+        Example:
+            >>> Relation.from_rows(torch.tensor([1, 2, 0, 2, 0, 1]), 2, (3, 3)).edge_index
+            tensor([[1, 2, 0, 2, 0, 1],
+                    [0, 0, 1, 1, 2, 2]])
+        """
+        num_src, num_dst = size
+        is_fixed = isinstance(degree, int)
+        if index.dim() != 1 or (is_fixed and index.numel() != degree * num_dst):
+            raise ValueError(
+                f"index must hold {degree} sources for each of the {num_dst} targets, but has "
+                f"shape {tuple(index.shape)}"
+            )
+        if isinstance(degree, int):
+            ptr = torch.arange(num_dst + 1, device=index.device) * degree
+        else:
+            if degree.shape != (num_dst,):
+                raise ValueError(
+                    f"degree must be one number for each of the {num_dst} targets, but has shape "
+                    f"{tuple(degree.shape)}"
+                )
+            ptr = torch.cat([degree.new_zeros(1), degree.cumsum(0)])
+            # A wrong sum would read beyond the sources. Skipped where it would stop a GPU.
+            if not ptr.is_cuda and int(ptr[-1]) != index.numel():
+                raise ValueError(
+                    f"degree adds up to {int(ptr[-1])} edges, but index has {index.numel()}"
+                )
+        perm = torch.arange(index.numel(), device=index.device)
+        if max(index.numel(), num_src, num_dst) <= _INT32_MAX:
+            ptr, index = ptr.int(), index.int()
+        csr = CompressedEdges(ptr, index, perm)
+        fixed = degree if isinstance(degree, int) else None
+        return cls(None, size, sources, targets, csr=csr, degree=fixed)
+
+    @classmethod
     def from_batch(
         cls, src_batch: Tensor, dst_batch: Tensor, batch_size: int | None = None
     ) -> Relation:
@@ -145,15 +216,21 @@ class Relation:
         most = [-1, -1] if is_empty else edge_index.amax(dim=1).tolist()
         least = 0 if is_empty else int(edge_index.min())
         if least < 0:
-            raise ValueError(f"edge_index holds the negative index {least}; indices start at 0")
+            shown = show_edges(edge_index, (edge_index < 0).any(0))
+            raise ValueError(
+                f"edge_index holds the negative index {least}; indices start at 0 ({shown})"
+            )
         size = (most[0] + 1, most[1] + 1) if size is None else (int(size[0]), int(size[1]))
         if min(size) < 0:
             raise ValueError(f"size must be (num_src, num_dst), but is {size}")
-        for name, index, rows in zip(("source", "target"), most, size, strict=True):
+        for row, (name, index, rows) in enumerate(
+            zip(("source", "target"), most, size, strict=True)
+        ):
             if index >= rows:
+                shown = show_edges(edge_index, edge_index[row] >= rows)
                 raise ValueError(
                     f"edge_index names {name} {index}, but there are {rows} {name} nodes; {name}s "
-                    f"count from 0"
+                    f"count from 0 ({shown})"
                 )
         return cls(edge_index, size)
 
@@ -168,6 +245,8 @@ class Relation:
     def device(self) -> torch.device:
         if self._edge_index is not None:
             return self._edge_index.device
+        if self._csr is not None:
+            return self._csr.ptr.device
         assert self.sources is not None
         return self.sources.ptr.device
 
@@ -200,7 +279,7 @@ class Relation:
     def edge_index(self) -> Tensor:
         """``[2, E]``, int64, in the relation's own order."""
         if self._edge_index is None:
-            self._edge_index = self._implied_edges()
+            self._edge_index = self._implied_edges() if self.is_complete else self._listed_rows()
         return self._edge_index
 
     @property
@@ -224,6 +303,8 @@ class Relation:
         """``[N]``, true for targets that at least one edge enters."""
         if self.is_complete and self.sources is not None and self.targets is not None:
             return (self.sources.ptr.diff() > 0)[self.targets.batch]
+        if self._csr is not None:
+            return self._csr.ptr.diff() > 0
         mask = torch.zeros(self.num_dst, dtype=torch.bool, device=self.device)
         mask[self.edge_index[1]] = True
         return mask
@@ -231,6 +312,8 @@ class Relation:
     @property
     def reaches_every_target(self) -> bool:
         """Whether an edge is known to enter every target, without looking at the edges."""
+        if self.degree is not None:
+            return self.degree > 0
         return self.is_complete and self.sources is not None and self.sources.min_count > 0
 
     def _implied_edges(self) -> Tensor:
@@ -245,32 +328,82 @@ class Relation:
         within = torch.arange(self.num_edges, device=self.device) - first_edge[target]
         return torch.stack([self.sources.ptr[example_of_target[target]] + within, target])
 
+    def _listed_rows(self) -> Tensor:
+        assert self._csr is not None
+        targets = torch.arange(self.num_dst, device=self.device)
+        degree = self._csr.ptr.diff().long()
+        target = targets.repeat_interleave(degree, output_size=self.num_edges)
+        return torch.stack([self._csr.index.long(), target])
+
     # Changes ####################################################################
 
+    def with_bias(self, bias: Tensor) -> Relation:
+        r"""The same edges, with numbers that attention over them adds to its scores.
+
+        Args:
+            bias: One number per edge, or one per edge and head: ``[E]`` or ``[E, H]``, in the
+                relation's edge order. :math:`-\infty` removes an edge. What the relation carried
+                before is added.
+
+        Raises:
+            ValueError: If there is not one row per edge.
+
+        Example:
+            >>> relation = Relation.complete([0, 2], [0, 1]).with_bias(torch.tensor([0.0, -1.0]))
+            >>> relation.bias
+            tensor([[ 0.],
+                    [-1.]])
+        """
+        if bias.dim() not in (1, 2) or bias.size(0) != self.num_edges:
+            raise ValueError(
+                f"bias must have shape ({self.num_edges},) or ({self.num_edges}, heads), one row "
+                f"per edge, but has {tuple(bias.shape)}"
+            )
+        bias = bias.unsqueeze(1) if bias.dim() == 1 else bias
+        return self._changed(bias=bias if self.bias is None else self.bias + bias)
+
+    def _changed(self, **what: object) -> Relation:
+        """A copy that shares what was made for these edges already."""
+        relation = copy(self)
+        for name, value in what.items():
+            setattr(relation, name, value)
+        return relation
+
     def reverse(self) -> Relation:
-        """The same edges from targets to sources.
+        """The same edges from targets to sources, with the bias they carry.
 
         A general relation keeps its edge order; a complete one has the complete order again.
         """
-        if self.is_complete:
-            size = (self.num_dst, self.num_src)
-            return Relation(None, size, self.targets, self.sources, self.num_edges)
         size = (self.num_dst, self.num_src)
-        return Relation(self.edge_index.flip(0), size, self.targets, self.sources)
+        if self.is_complete and self.bias is None:
+            return Relation(None, size, self.targets, self.sources, self.num_edges)
+        edges = self.edge_index.flip(0)
+        relation = Relation(edges, size, self.targets, self.sources, bias=self.bias)
+        relation._csr, relation._csc = self._csc, self._csr
+        return relation
 
     def subset(self, edges: Tensor) -> Relation:
         """A general relation of some of the edges, named by their numbers; examples are kept."""
-        return Relation(self.edge_index[:, edges], self.size, self.sources, self.targets)
+        bias = None if self.bias is None else self.bias[edges]
+        edge_index = self.edge_index[:, edges]
+        return Relation(edge_index, self.size, self.sources, self.targets, bias=bias)
 
     def to(self, device: torch.device | str) -> Relation:
         """The relation on another device."""
-        edge_index = None if self.is_complete else self.edge_index.to(device)
         sources = None if self.sources is None else self.sources.to(device)
         if self.targets is self.sources:
             targets = sources
         else:
             targets = None if self.targets is None else self.targets.to(device)
-        return Relation(edge_index, self.size, sources, targets, self.num_edges)
+        return self._changed(
+            sources=sources,
+            targets=targets,
+            bias=None if self.bias is None else self.bias.to(device),
+            _edge_index=None if self._edge_index is None else self._edge_index.to(device),
+            _csr=None if self._csr is None else CompressedEdges(*(x.to(device) for x in self._csr)),
+            _csc=None,
+            _positions=None,
+        )
 
     def to_dense(self, values: Tensor, fill: float = 0.0) -> Tensor:
         r"""Per-edge values ``[E, ...]`` as ``[B, targets, sources, ...]``, ``fill`` elsewhere.
@@ -328,7 +461,20 @@ class Relation:
 
     def __repr__(self) -> str:
         kind = f"complete over {self.num_examples} examples" if self.is_complete else "general"
+        if self.degree is not None:
+            kind = f"{self.degree} a target"
         return f"Relation({self.num_src} -> {self.num_dst}, {self.num_edges} edges, {kind})"
+
+
+def show_edges(edge_index: Tensor, is_wrong: Tensor) -> str:
+    """The first few edges of which something is said, for an error: ``edge 3: 8 -> 0, ...``."""
+    wrong = is_wrong.nonzero().flatten()
+    shown = [
+        f"edge {e}: {s} -> {t}"
+        for e, s, t in zip(wrong[:3].tolist(), *edge_index[:, wrong[:3]].tolist(), strict=True)
+    ]
+    more = wrong.numel() - len(shown)
+    return ", ".join(shown) + (f" and {more} more" if more > 0 else "")
 
 
 def as_relation(edges: Tensor | Relation, size: tuple[int, int]) -> Relation:

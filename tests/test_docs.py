@@ -10,14 +10,26 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("code", blocks("python"), ids=["layer", "graph", "scan", "memory", "topology"])
+@pytest.mark.parametrize(
+    "code", blocks("python"), ids=["layer", "graph", "scan", "memory", "topology"]
+)
 def test_readme_example_runs(code: str, capsys) -> None:
     exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
     assert "nan" not in capsys.readouterr().out
+
+
+def test_the_page_on_topologies_runs(capsys) -> None:
+    names: dict = {"__name__": "docs"}
+    for code in blocks("python", (ROOT / "docs" / "topologies.md").read_text()):
+        exec(compile(code, "topologies.md", "exec"), names)
+    assert "(ring(1) | (knn(4) - star(1)))" in capsys.readouterr().out
+    nodes = names["topology"].NodeSet.from_counts([6])
+    assert names["both"](nodes).bias.shape == (names["both"](nodes).num_edges, 2)
+    assert names["elders"](nodes).num_edges == 12
 
 
 def test_readme_starts_with_the_two_commands() -> None:

@@ -481,3 +481,77 @@ def test_sizes_must_agree():
         as_relation(relation, (12, 3))
     with pytest.raises(ValueError, match="names target 1, but there are 1 target nodes"):
         as_relation(torch.tensor([[0], [1]]), (2, 1))
+
+
+# Edges by target ##################################################################
+
+row_lists = st.integers(1, 5).flatmap(
+    lambda num_src: st.tuples(
+        st.just(num_src),
+        st.lists(st.lists(st.integers(0, num_src - 1), unique=True).map(sorted), max_size=5),
+    )
+)
+
+
+@given(row_lists)
+def test_rows_are_a_relation_without_sorting(case):
+    num_src, rows = case
+    index = torch.tensor([i for row in rows for i in row], dtype=torch.long)
+    degree = torch.tensor([len(row) for row in rows], dtype=torch.long)
+    size = (num_src, len(rows))
+    relation = Relation.from_rows(index, degree, size)
+    assert not relation.is_complete
+    dst = torch.arange(len(rows)).repeat_interleave(degree)
+    general = Relation.from_edge_index(torch.stack([index, dst]), size)
+    for one, other in [(relation.csr, general.csr), (relation.csc, general.csc)]:
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    assert torch.equal(relation.edge_index, general.edge_index)
+    assert torch.equal(relation.has_in_edge, general.has_in_edge)
+    back, general = relation.reverse(), general.reverse()
+    assert torch.equal(back.edge_index, general.edge_index)
+    for one, other in [(back.csr, general.csr), (back.csc, general.csc)]:
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_rows_of_one_length_know_it():
+    relation = Relation.from_rows(torch.tensor([1, 2, 0, 2]), 2, (3, 2))
+    assert relation.degree == 2
+    assert relation.reaches_every_target
+    assert relation._edge_index is None
+    assert repr(relation) == "Relation(3 -> 2, 4 edges, 2 a target)"
+    assert not Relation.from_rows(torch.zeros(0).long(), 0, (3, 2)).reaches_every_target
+    assert Relation.from_edge_index(torch.tensor([[0], [1]])).degree is None
+
+
+@pytest.mark.parametrize(
+    ("index", "degree", "message"),
+    [
+        (torch.zeros(3).long(), 2, r"2 sources for each of the 2 targets, but has shape \(3,\)"),
+        (torch.zeros(2, 2).long(), 2, r"index must hold .* but has shape \(2, 2\)"),
+        (
+            torch.zeros(3).long(),
+            torch.tensor([1]),
+            r"one number for each of the 2 targets, .* \(1,",
+        ),
+        (torch.zeros(3).long(), torch.tensor([1, 1]), "adds up to 2 edges, but index has 3"),
+    ],
+)
+def test_wrong_rows(index, degree, message):
+    with pytest.raises(ValueError, match=message):
+        Relation.from_rows(index, degree, (3, 2))
+
+
+def test_wrong_bias():
+    relation = Relation.complete([0, 2], [0, 2])
+    for bias in (torch.zeros(3), torch.zeros(4, 1, 1)):
+        with pytest.raises(ValueError, match=r"bias must have shape \(4,\) or \(4, heads\), one"):
+            relation.with_bias(bias)
+
+
+def test_errors_show_the_edges():
+    edge_index = torch.tensor([[0, 9, 1, 8, 7, 9], [0, 0, 0, 0, 0, 0]])
+    with pytest.raises(ValueError, match=r"\(edge 1: 9 -> 0, edge 3: 8 -> 0, edge 5: 9 -> 0\)$"):
+        Relation.from_edge_index(edge_index, (8, 1))
+    edge_index[:] = 9
+    with pytest.raises(ValueError, match=r"edge 2: 9 -> 9 and 3 more\)$"):
+        Relation.from_edge_index(edge_index, (8, 8))

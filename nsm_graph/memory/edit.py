@@ -4,6 +4,7 @@ Parameters always have a row for each of the ``max_states`` slots; the active on
 module declares which of its tensors are indexed by slot::
 
     slot_dims = {"lin_logits.weight": 0}      # name -> dimension; slots come first within it
+    slot_dims = {"logits": (0, 1)}            # or dimensions, for a tensor over pairs of slots
     def reset_slots(self, slots): ...         # fresh values for slots that were just allocated
 
 and every edit reaches all of them, and the optimizer's state of those that are parameters.
@@ -149,12 +150,13 @@ class NodeEdit:
 
 
 def slot_tensors(module: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor, int]]:
-    """Owner, name, tensor and slot dimension of every tensor that is indexed by slot."""
+    """Owner, name, tensor and slot dimension (each of them) of what is indexed by slot."""
     for owner in module.modules():
-        for name, dim in getattr(owner, "slot_dims", {}).items():
+        for name, dims in getattr(owner, "slot_dims", {}).items():
             tensor = attrgetter(name)(owner)
             if tensor is not None and not isinstance(tensor, UninitializedParameter):
-                yield owner, name, tensor, dim
+                for dim in (dims,) if isinstance(dims, int) else dims:
+                    yield owner, name, tensor, dim
 
 
 def apply_edit(
@@ -166,13 +168,13 @@ def apply_edit(
     """Carries an edit to every tensor indexed by slot and to the optimizers' state of them."""
     optimizers = list(optimizers)
     fresh = edit.fresh_slots
-    seen: set[int] = set()
+    seen: set[tuple[int, int]] = set()
     owners: list[nn.Module] = []
     for module in modules:
         for owner, _, tensor, dim in slot_tensors(module):
-            if id(tensor) in seen:
+            if (id(tensor), dim) in seen:
                 continue
-            seen.add(id(tensor))
+            seen.add((id(tensor), dim))
             edit.apply_to_slots(tensor, num_slots, dim)
             for optimizer in optimizers:
                 _edit_optimizer_state(optimizer, tensor, edit, num_slots, dim)

@@ -290,7 +290,9 @@ class StateMachineCell(nn.Module):
             )
         ]
 
-    def connect(self, inputs: list[SegmentInputs], slots: Tensor) -> list[SegmentInputs]:
+    def connect(
+        self, inputs: list[SegmentInputs], slots: Tensor, first_step: int = 0
+    ) -> list[SegmentInputs]:
         """Adds to each step who its states talk to: a relation, or nodes for a dynamic rule."""
         if self.snap is not None:
             inputs = [segment._replace(slots=slots) for segment in inputs]
@@ -305,7 +307,9 @@ class StateMachineCell(nn.Module):
         if self.topology.is_dynamic:
             return [
                 segment._replace(nodes=nodes(rows, step))
-                for step, (segment, rows) in enumerate(zip(inputs, num_rows, strict=True))
+                for step, (segment, rows) in enumerate(
+                    zip(inputs, num_rows, strict=True), first_step
+                )
             ]
         talks = {rows: self.topology(nodes(rows, 0)) for rows in set(num_rows)}
         return [

@@ -364,9 +364,10 @@ class NeuralStateMachine(nn.Module):
         edge_index = None if edge_index is None else edge_index.long()
         tokens = self.embedding(x)
         if self.segment_length is not None:
+            segment_length = segment_length or self.segment_length
             plan = plan_segments(
                 ptr.diff().tolist(),
-                segment_length or self.segment_length,
+                segment_length,
                 state.slots.numel(),
                 tokens.device,
             )
@@ -384,6 +385,7 @@ class NeuralStateMachine(nn.Module):
                 plan,
                 state,
                 self.manager.importance,
+                segment_length=segment_length,
                 scanned=scanned,
                 tokens_read=isinstance(self.head, TokenHead),
                 bptt_segments=self.bptt_segments,

@@ -19,6 +19,7 @@ def read_sequence(
     state: MachineState,
     importance: Tensor,
     *,
+    segment_length: int,
     scanned: ScanTokens | None,
     tokens_read: bool,
     bptt_segments: int | None,
@@ -33,6 +34,7 @@ def read_sequence(
         plan: The reading order.
         state: The memory before, examples in input order.
         importance: Learnable importance of every slot.
+        segment_length: Tokens of a full segment.
         scanned: What the scan reads; ``None`` without one.
         tokens_read: Whether tokens are to read, from states or a scan.
         bptt_segments: See :func:`nsm_graph.models.loop.read_segments`.
@@ -69,7 +71,11 @@ def read_sequence(
             scan_reads=tokens_read,
         )
         mass = cell.routing_mass(weights, hoisted.relation)
-        inputs = cell.connect(cell.split(hoisted, plan.steps), state.slots)
+        first_step = 0
+        if cell.topology is not None and cell.topology.is_dynamic:
+            # Streams that are read together count their steps together, by the longest.
+            first_step = -(-int(state.num_tokens.max()) // segment_length)
+        inputs = cell.connect(cell.split(hoisted, plan.steps), state.slots, first_step)
         trace = read_segments(
             cell,
             states,

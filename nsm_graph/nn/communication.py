@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
+from torch.nn.functional import linear
 from torch_geometric.nn.dense.linear import Linear
 
 from nsm_graph.nn.checks import check_features
@@ -74,6 +75,18 @@ class StateCommunication(EdgeAttentionLayer):
         out, alpha = self.attend(query, key, value, edge_index, bias, return_attention_weights)
         out = self.norm(x + self.lin_out(out))
         return with_weights(out, edge_index, alpha, return_attention_weights)
+
+    def scores(self, targets: Tensor, sources: Tensor) -> Tensor:
+        """Scores of all pairs, averaged over heads, for :func:`nsm_graph.topology.top_k`.
+
+        Takes states ``[B, N, C]`` and ``[B, M, C]`` and gives ``[B, N, M]``.
+        """
+        weight, bias = self.lin_qkv.weight, self.lin_qkv.bias
+        channels = self.state_channels
+        query = linear(targets, weight[:channels], bias[:channels])
+        key = linear(sources, weight[channels : 2 * channels], bias[channels : 2 * channels])
+        # The mean over heads of their products is the product over all channels.
+        return query @ key.mT * (self.head_channels**-0.5 / self.heads)
 
     def __repr__(self) -> str:
         return f"{self.__class__.__name__}({self.state_channels}, heads={self.heads})"

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch_geometric.nn import MessagePassing
 
 from nsm_graph.ops import edge_attention, edge_attention_weights
-from nsm_graph.ops.edge_attention import check_bias
+from nsm_graph.ops.edge_attention import check_bias, joined_bias
 from nsm_graph.ops.segment import masked_group_softmax
 from nsm_graph.relation import Relation, check_size
 
@@ -62,6 +62,7 @@ class EdgeAttentionLayer(MessagePassing):
                 if return_attention_weights:
                     alpha = edge_attention_weights(query, key, edges, bias=bias)
                 return out.flatten(1), alpha
+            bias = joined_bias(bias, edges, query)
             edges = edges.edge_index
         if edges.layout == torch.strided:
             edges = edges.long()

@@ -2,76 +2,65 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from nsm_graph.partition import Partition
 from nsm_graph.relation import Relation
+from nsm_graph.topology import sets
+from nsm_graph.topology.node_set import NodeSet
+from nsm_graph.topology.rows import (
+    Memo,
+    Rows,
+    keys_of,
+    relation_of_one,
+    rows_from_keys,
+    tile,
+)
+from nsm_graph.topology.summary import Summary, summarise
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from nsm_graph.topology.bias import Biased, Edges
 
 
-@dataclass(frozen=True, eq=False)
-class NodeSet:
-    """The nodes a rule is applied to.
+class Topology(nn.Module):
+    r"""A rule: node sets in, relation out.
 
-    Args:
-        nodes: How the nodes fall into examples.
-        x: Current features (the states), ``[N, C]``, for dynamic rules.
-        slots: Slot of each node, ``[N]``.
-        step: Which segment or pass this is.
-        attributes: Anything else a rule wants to read, one row per node.
-    """
+    ``rule(nodes)`` gives edges among the nodes of one set; ``rule(sources, targets)`` from one set
+    to another, where the rule has a meaning there. Rules compose as sets of edges: ``a | b`` holds
+    the edges of either, ``a & b`` of both, ``a - b`` of the first without the second, and ``~a``
+    all others inside each example. Biases are functions on edges: where two sets with biases are
+    combined, the biases of an edge add up, and a set that lacks the edge adds nothing.
 
-    nodes: Partition
-    x: Tensor | None = None
-    slots: Tensor | None = None
-    step: int = 0
-    attributes: dict[str, Tensor] = field(default_factory=dict)
-
-    @classmethod
-    def from_counts(cls, counts: list[int], x: Tensor | None = None) -> NodeSet:
-        """A node set with the given number of nodes in each example."""
-        if min(counts, default=0) < 0 or (x is not None and x.size(0) != sum(counts)):
-            rows = "" if x is None else f", and one row of x for each ({x.size(0)} given)"
-            raise ValueError(f"counts must be numbers of nodes{rows}, but are {counts}")
-        ptr = torch.tensor([0, *counts], device=None if x is None else x.device).cumsum(0)
-        return cls(Partition.from_ptr(ptr), x)
-
-    @property
-    def ptr(self) -> Tensor:
-        return self.nodes.ptr
-
-    @property
-    def num_nodes(self) -> int:
-        return self.nodes.num_rows
-
-    @property
-    def batch(self) -> Tensor:
-        """The example of every node, ``[N]``."""
-        return self.nodes.batch
-
-    @property
-    def position(self) -> Tensor:
-        """The index of every node inside its example, ``[N]``."""
-        return self.nodes.place
-
-
-class Topology:
-    r"""A rule: node set in, relation among its nodes out.
-
-    Subclasses implement :meth:`__call__`; :func:`rule` turns a function into a topology. Rules
-    compose as sets of edges: ``a | b`` holds the edges of either, ``a & b`` of both, ``a - b`` of
-    the first without the second, and ``~a`` all others inside each example.
+    Subclasses implement :meth:`forward`; :func:`rule` turns a function into a topology. A rule is
+    a module, so that what it learns is trained, moved and saved with the machine that holds it.
     """
 
     #: Whether the rule reads the current states or the step, and must be asked at every step.
     is_dynamic: bool = False
+    #: Whether the edges of an example follow from its numbers of nodes alone: see :class:`Pattern`.
+    is_pattern: bool = False
 
-    def __call__(self, nodes: NodeSet) -> Relation:
+    if TYPE_CHECKING:
+
+        def __call__(self, sources: NodeSet, targets: NodeSet | None = None) -> Relation: ...
+
+    def forward(self, sources: NodeSet, targets: NodeSet | None = None) -> Relation:
+        """The edges from sources to targets; without targets among the sources."""
         raise NotImplementedError
+
+    def reset_parameters(self) -> None:
+        """Draws anew what the rules that this one is made of have learned."""
+        for part in self.children():
+            reset = getattr(part, "reset_parameters", None)
+            if callable(reset):
+                reset()
+
+    # Algebra ####################################################################
 
     def __or__(self, other: Topology) -> Topology:
         return Combined(self, other, "|")
@@ -85,18 +74,139 @@ class Topology:
     def __invert__(self) -> Topology:
         return Combined(Complete(), self, "-")
 
+    def with_self(self) -> Topology:
+        """These edges, and each node to itself."""
+        return self | SelfLoops()
 
-class Complete(Topology):
+    def reverse(self) -> Topology:
+        """The same edges the other way round; biases stay with their edges."""
+        return Reversed(self)
+
+    def power(self, k: int) -> Topology:
+        """An edge to every node that lies at most k steps away; a loop only where one was.
+
+        ``ring(1).power(3)`` is ``ring(3)``. Biases are left behind.
+        """
+        return Power(self, k)
+
+    def biased(self, bias: Callable[[Edges], Tensor], *, is_dynamic: bool = False) -> Biased:
+        """These edges with a bias on the scores of attention over them; see :class:`Biased`."""
+        from nsm_graph.topology.bias import Biased
+
+        return Biased(self, bias, is_dynamic)
+
+    # What there is to see #######################################################
+
+    def describe(self, nodes: NodeSet | int) -> Summary:
+        """Degree, diameter, spectral gap, number of edges and cost on so many nodes.
+
+        Example:
+            >>> from nsm_graph.topology import ring
+            >>> print(ring(2).describe(16))
+            ring(2) over 16 nodes
+            edges         64 (25.0% of complete)
+            degree        min 4, mean 4.0, max 4
+            diameter      4
+            spectral gap  0.1845
+        """
+        nodes = NodeSet.from_counts([nodes]) if isinstance(nodes, int) else nodes
+        return summarise(self(nodes), repr(self))
+
+    def plot(self, nodes: NodeSet | int = 16, **options: Any) -> Axes:
+        """Draws the edges with matplotlib; see :func:`nsm_graph.topology.drawing.draw`."""
+        from nsm_graph.topology.drawing import draw
+
+        nodes = NodeSet.from_counts([nodes]) if isinstance(nodes, int) else nodes
+        return draw(self(nodes), repr(self), **options)
+
+
+class Pattern(Topology):
+    """A rule whose edges in an example follow from its numbers of nodes alone.
+
+    Subclasses implement :meth:`rows` for one example. It is worked out once for each pair of
+    numbers, and a batch repeats it.
+    """
+
+    is_pattern = True
+    #: Whether it has a meaning from one node set to another.
+    joins_two_sets = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._memo = Memo()
+
+    def rows(self, num_src: int, num_dst: int) -> Rows:
+        """The edges of one example with at least one node on each side, on the CPU."""
+        raise NotImplementedError
+
+    def forward(self, sources: NodeSet, targets: NodeSet | None = None) -> Relation:
+        if not self.joins_two_sets:
+            targets = same_set(self, sources, targets)
+        targets = sources if targets is None else targets
+        check_examples(self, sources, targets)
+        device = sources.ptr.device
+
+        def one(num_src: int, num_dst: int) -> Relation:
+            size = (num_src, num_dst)
+            return self._memo.get(
+                (*size, device), lambda: relation_of_one(rows_or_none(self, *size), size, device)
+            )
+
+        return tile(one, sources.nodes, targets.nodes)
+
+
+class Complete(Pattern):
     """Every node to every node of its example, itself included."""
 
-    def __call__(self, nodes: NodeSet) -> Relation:
-        return Relation.between(nodes.nodes, nodes.nodes)
+    joins_two_sets = True
+
+    def rows(self, num_src: int, num_dst: int) -> Rows:
+        return Rows(torch.arange(num_src).repeat(num_dst), num_src)
+
+    def forward(self, sources: NodeSet, targets: NodeSet | None = None) -> Relation:
+        targets = sources if targets is None else targets
+        check_examples(self, sources, targets)
+        return Relation.between(sources.nodes, targets.nodes)
 
     def __repr__(self) -> str:
         return "complete()"
 
 
-class Combined(Topology):
+class SelfLoops(Pattern):
+    """Each node to itself."""
+
+    def rows(self, num_src: int, num_dst: int) -> Rows:
+        return Rows(torch.arange(num_src), 1)
+
+    def __repr__(self) -> str:
+        return "self_loops()"
+
+
+# Operations ########################################################################
+
+
+class Operation(Pattern):
+    """A rule made of rules: a pattern where they all are, else asked on every node set."""
+
+    joins_two_sets = True
+
+    def __init__(self, *parts: Topology) -> None:
+        super().__init__()
+        self.is_dynamic = any(part.is_dynamic for part in parts)
+        self.is_pattern = all(part.is_pattern for part in parts)
+        self.joins_two_sets = all(getattr(part, "joins_two_sets", True) for part in parts)
+
+    def forward(self, sources: NodeSet, targets: NodeSet | None = None) -> Relation:
+        if self.is_pattern:
+            return super().forward(sources, targets)
+        return self.relate(sources, targets)
+
+    def relate(self, sources: NodeSet, targets: NodeSet | None) -> Relation:
+        """The edges, from the relations that the parts make."""
+        raise NotImplementedError
+
+
+class Combined(Operation):
     """Two rules under a set operation; duplicate edges become one."""
 
     def __init__(self, left: Topology, right: Topology, operator: str) -> None:
@@ -106,94 +216,171 @@ class Combined(Topology):
                     f"{operator} combines two topologies, but got {type(side).__name__}; wrap a "
                     f"function with topology.rule"
                 )
+        super().__init__(left, right)
         self.left, self.right, self.operator = left, right, operator
-        self.is_dynamic = left.is_dynamic or right.is_dynamic
 
-    def __call__(self, nodes: NodeSet) -> Relation:
-        relations = self.left(nodes), self.right(nodes)
-        left, right = (_edge_keys(relation) for relation in relations)
-        if self.operator == "|":
-            keys = torch.cat([left, right]).unique()
-        else:
-            is_shared = torch.isin(left, right)
-            keys = left[is_shared if self.operator == "&" else ~is_shared].unique()
-        # Keys sort by target, then by source.
-        num_nodes = max(nodes.num_nodes, 1)
-        edge_index = torch.stack([keys % num_nodes, keys // num_nodes])
-        if any(relation.targets is None for relation in relations):
-            return Relation(edge_index, (nodes.num_nodes, nodes.num_nodes))
-        return relation_inside(nodes, edge_index)
+    def rows(self, num_src: int, num_dst: int) -> Rows:
+        left, right = (_pattern_keys(part, num_src, num_dst) for part in (self.left, self.right))
+        return rows_from_keys(sets.combine(left, right, self.operator), (num_src, num_dst))
+
+    def relate(self, sources: NodeSet, targets: NodeSet | None) -> Relation:
+        relations = [ask(part, sources, targets) for part in (self.left, self.right)]
+        left, right = (_EdgeSet(relation) for relation in relations)
+        keys = sets.combine(left.keys, right.keys, self.operator)
+        bias = left.bias_of(keys)
+        if self.operator != "-":
+            other = right.bias_of(keys)
+            bias = other if bias is None else bias if other is None else bias + other
+        return _relation_of_keys(keys, relations, bias)
 
     def __repr__(self) -> str:
         return f"({self.left!r} {self.operator} {self.right!r})"
 
 
-class Rule(Topology):
-    """A function of a node set that returns a relation or an ``edge_index``."""
+class Reversed(Operation):
+    """A rule's edges the other way round."""
 
-    def __init__(
-        self, function: Callable[[NodeSet], Relation | Tensor], is_dynamic: bool = False
-    ) -> None:
-        self.function = function
-        self.is_dynamic = is_dynamic
-        self.__module__ = getattr(function, "__module__", __name__)
+    def __init__(self, rule: Topology) -> None:
+        super().__init__(rule)
+        self.rule = rule
 
-    def __reduce__(self) -> str | tuple[type, tuple]:
-        # A decorated function is found by its name, as functions are: that name is now the rule.
-        name = getattr(self.function, "__qualname__", "")
-        if getattr(sys.modules.get(self.__module__), name, None) is self:
-            return name
-        return Rule, (self.function, self.is_dynamic)
+    def rows(self, num_src: int, num_dst: int) -> Rows:
+        keys = _pattern_keys(self.rule, num_dst, num_src)
+        keys = (keys % num_dst) * num_src + keys // num_dst
+        return rows_from_keys(keys.sort().values, (num_src, num_dst))
 
-    def __call__(self, nodes: NodeSet) -> Relation:
-        edges = self.function(nodes)
-        size = (nodes.num_nodes, nodes.num_nodes)
-        if not isinstance(edges, Relation):
-            try:
-                return Relation.from_edge_index(edges, size)
-            except ValueError as error:
-                raise ValueError(f"{self!r}: {error}") from error
-        if edges.size != size:
-            raise ValueError(
-                f"{self!r} made a relation {edges.size[0]} -> {edges.size[1]} for "
-                f"{nodes.num_nodes} nodes; use nodes.num_nodes on both sides"
-            )
-        return edges
+    def relate(self, sources: NodeSet, targets: NodeSet | None) -> Relation:
+        back = (sources,) if targets is None else (targets, sources)
+        relation = ask(self.rule, *back).reverse()
+        edges = _EdgeSet(relation)
+        return _relation_of_keys(edges.keys, [relation], edges.bias_of(edges.keys))
 
     def __repr__(self) -> str:
-        return getattr(self.function, "__name__", "rule")
+        return f"{self.rule!r}.reverse()"
 
 
-def rule(
-    function: Callable[[NodeSet], Relation | Tensor] | None = None, *, is_dynamic: bool = False
-) -> Rule | Callable[[Callable[[NodeSet], Relation | Tensor]], Rule]:
-    """Turns a function into a topology; use as a decorator.
+class Power(Operation):
+    """An edge to every node at most k steps away."""
 
-    Args:
-        function: Takes a :class:`NodeSet`, returns a relation or an ``edge_index`` over its nodes.
-        is_dynamic: Whether it reads ``nodes.x`` or ``nodes.step`` and must be asked at every step.
+    def __init__(self, rule: Topology, k: int) -> None:
+        if k < 1:
+            raise ValueError(f"power(k) takes 1 to k steps, but k is {k}; use k >= 1")
+        super().__init__(rule)
+        self.rule, self.k = rule, k
+        self.joins_two_sets = False
+
+    def rows(self, num_src: int, num_dst: int) -> Rows:
+        keys = _pattern_keys(self.rule, num_src, num_src)
+        return rows_from_keys(sets.power(keys, num_src, self.k), (num_src, num_src))
+
+    def relate(self, sources: NodeSet, targets: NodeSet | None) -> Relation:
+        same_set(self, sources, targets)
+        relation = ask(self.rule, sources)
+        keys = sets.power(_EdgeSet(relation).keys, sources.num_nodes, self.k)
+        return _relation_of_keys(keys, [relation], None)
+
+    def __repr__(self) -> str:
+        return f"{self.rule!r}.power({self.k})"
+
+
+class _EdgeSet:
+    """The edges of a relation as ascending keys, and the bias that each carries."""
+
+    def __init__(self, relation: Relation) -> None:
+        keys, self.bias = keys_of(relation), relation.bias
+        is_ascending = relation.degree is not None or bool((keys.diff() > 0).all())
+        if not is_ascending:
+            keys, order = keys.sort(stable=True)
+            is_first = torch.ones_like(keys, dtype=torch.bool)
+            is_first[1:] = keys[1:] != keys[:-1]
+            keys = keys[is_first]
+            if self.bias is not None:
+                self.bias = self.bias[order[is_first]]
+        self.keys = keys
+
+    def bias_of(self, asked: Tensor) -> Tensor | None:
+        """The bias of every edge that is asked for; 0 for one that is not in the set."""
+        if self.bias is None or self.keys.numel() == 0:
+            return None
+        bias = self.bias[sets.find(self.keys, asked)]
+        return bias.masked_fill(~sets.contains(self.keys, asked).unsqueeze(1), 0.0)
+
+
+def _relation_of_keys(keys: Tensor, parts: list[Relation], bias: Tensor | None) -> Relation:
+    size = parts[0].size
+    rows = rows_from_keys(keys, size)
+    # The dense view is per example where no part leaves its examples.
+    stays = all(part.targets is not None for part in parts)
+    inside = (parts[0].sources, parts[0].targets) if stays else (None, None)
+    relation = Relation.from_rows(*rows, size, *inside)
+    return relation if bias is None else relation.with_bias(bias)
+
+
+# What rules share ##################################################################
+
+
+def ask(rule: Topology, sources: NodeSet, targets: NodeSet | None = None) -> Relation:
+    """What a rule says; rules about one node set are not handed a second."""
+    return rule(sources) if targets is None or targets is sources else rule(sources, targets)
+
+
+def rows_or_none(rule: Topology, num_src: int, num_dst: int) -> Rows:
+    """A pattern's rows; an example without nodes on one side has none, whatever the rule."""
+    if num_src == 0 or num_dst == 0:
+        return Rows(torch.zeros(0, dtype=torch.long), 0)
+    assert isinstance(rule, Pattern)
+    return rule.rows(num_src, num_dst)
+
+
+def _pattern_keys(rule: Topology, num_src: int, num_dst: int) -> Tensor:
+    index, degree = rows_or_none(rule, num_src, num_dst)
+    if isinstance(degree, int):
+        target = torch.arange(num_dst).repeat_interleave(degree)
+    else:
+        target = torch.arange(num_dst).repeat_interleave(degree, output_size=index.numel())
+    return target * num_src + index
+
+
+def same_set(rule: Topology, sources: NodeSet, targets: NodeSet | None) -> NodeSet:
+    """The one node set a rule is about, or a ``ValueError``."""
+    if targets is None or targets is sources:
+        return sources
+    raise ValueError(
+        f"{rule!r} joins the nodes of one set, but was asked for edges from {sources.num_nodes} "
+        f"to {targets.num_nodes} nodes of two; between two sets use complete(), band(), causal(), "
+        f"window(), dilated(), blocks(), knn(), radius(), top_k(), threshold(), random(), "
+        f"from_edge_index() or a rule of your own with (sources, targets)"
+    )
+
+
+def check_examples(rule: Topology, sources: NodeSet, targets: NodeSet) -> None:
+    """Raises unless both sets stand for the same examples."""
+    if sources.nodes.num_examples != targets.nodes.num_examples:
+        raise ValueError(
+            f"{rule!r} was given {sources.nodes.num_examples} examples of sources, but "
+            f"{targets.nodes.num_examples} of targets; build both from the same batch"
+        )
+
+
+# The two rules that the algebra itself needs ########################################
+
+
+def complete() -> Topology:
+    r"""Every node to every node of its example, itself included; stores no edges.
 
     Example:
-        >>> @rule
-        ... def chain(nodes):
-        ...     i = torch.arange(nodes.num_nodes - 1)
-        ...     edges = torch.stack([i, i + 1])
-        ...     return edges[:, nodes.batch[i] == nodes.batch[i + 1]]
-        >>> chain(NodeSet.from_counts([2, 3])).edge_index
-        tensor([[0, 2, 3],
-                [1, 3, 4]])
+        >>> complete()(NodeSet.from_counts([2, 3])).num_edges
+        13
     """
-    if function is None:
-        return lambda wrapped: Rule(wrapped, is_dynamic)
-    return Rule(function, is_dynamic)
+    return Complete()
 
 
-def relation_inside(nodes: NodeSet, edge_index: Tensor) -> Relation:
-    """A general relation of edges that stay inside examples; its dense view is per example."""
-    size = (nodes.num_nodes, nodes.num_nodes)
-    return Relation(edge_index, size, nodes.nodes, nodes.nodes)
+def self_loops() -> Topology:
+    """Each node to itself.
 
-
-def _edge_keys(relation: Relation) -> Tensor:
-    src, dst = relation.edge_index
-    return dst * max(relation.num_src, 1) + src
+    Example:
+        >>> from nsm_graph.topology import ring
+        >>> (ring() | self_loops())(NodeSet.from_counts([4])).num_edges
+        12
+    """
+    return SelfLoops()

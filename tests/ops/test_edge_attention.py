@@ -74,6 +74,12 @@ def general(name):
     return Relation.from_edge_index(edge_index, (num_src, num_dst))
 
 
+def fixed_degree():
+    """Every target has three of seven sources; stands by target."""
+    index = torch.stack([torch.randperm(7)[:3].sort().values for _ in range(33)])
+    return Relation.from_rows(index.flatten(), 3, (7, 33))
+
+
 def inputs(relation, dtype=torch.float64):
     generator = torch.Generator().manual_seed(1)
     return [
@@ -156,6 +162,7 @@ class Contract:
             ragged = complete("ragged")
             yield "subset", ragged.subset(torch.arange(0, ragged.num_edges, 3))
             yield "reversed", general("sparse").reverse()
+            yield "fixed degree", fixed_degree()
 
     def attend(self, *args, **options):
         return edge_attention(*args, backend=self.backend, **options)

@@ -168,12 +168,20 @@ class TestKernels:
 
     @pytest.mark.parametrize("normalise", NORMALISE)
     @pytest.mark.parametrize("is_cut", [False, True])
-    def test_a_fixed_degree_needs_no_pointers(self, monkeypatch, request, normalise, is_cut):
+    @pytest.mark.parametrize(
+        ("relation", "degrees"),
+        [
+            (Relation.complete([0, 6], [0, 2]), (6, 2)),
+            (Relation.from_rows(torch.tensor([0, 1, 4, 0, 2, 4]), 3, (5, 2)), (3, 0)),
+        ],
+    )
+    def test_a_fixed_degree_needs_no_pointers(
+        self, monkeypatch, request, normalise, is_cut, relation, degrees
+    ):
         if is_cut:
             request.getfixturevalue("cuts")
-        relation = Relation.complete([0, 6], [0, 2])
         given = inputs(relation, 2, 3, columns=2)
-        assert sparse._degrees(relation) == (6, 2)
+        assert sparse._degrees(relation) == degrees
         actual = ours(given, relation, normalise=normalise)
         monkeypatch.setattr(sparse, "_degrees", lambda relation: (0, 0))
         general = ours(given, relation, normalise=normalise)

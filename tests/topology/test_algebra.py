@@ -5,9 +5,11 @@ import pickle
 from dataclasses import replace
 from functools import reduce
 
+import networkx as nx
 import pytest
 import torch
-from hypothesis import given
+from edge_sets import fixed
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nsm_graph import Partition, Relation, topology
@@ -31,12 +33,6 @@ def nodes():
 def as_set(rule, node_set=None):
     relation = rule(nodes() if node_set is None else node_set)
     return set(zip(*relation.edge_index.tolist(), strict=True))
-
-
-def fixed(edges):
-    """A rule of exactly these edges, duplicates and order kept."""
-    edge_index = torch.tensor(edges, dtype=torch.long).view(-1, 2).T
-    return topology.rule(lambda node_set: edge_index)
 
 
 inside = st.lists(st.sampled_from(INSIDE), max_size=12)
@@ -91,6 +87,93 @@ def test_chains_of_rules(lists, operator):
     }
     chained = reduce(operators[operator], map(fixed, lists))
     assert as_set(chained) == reduce(operators[operator], map(set, lists))
+
+
+# Against networkx #################################################################
+
+
+def as_graph(rule, node_set):
+    graph = nx.DiGraph()
+    graph.add_nodes_from(range(node_set.num_nodes))
+    graph.add_edges_from(as_set(rule, node_set))
+    return graph
+
+
+small = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), max_size=14, unique=True)
+
+
+@settings(max_examples=30)
+@given(small, small, small)
+def test_the_algebra_is_that_of_networkx(a, b, c):
+    six = NodeSet.from_counts([6])
+    # A pattern, a rule asked every time, and one with a bias: the same sets.
+    a = topology.from_edge_index(torch.tensor(a).view(-1, 2).T.long(), 6)
+    b = fixed(b)
+    c = fixed(c).biased(lambda edges: torch.ones(edges.relation.num_edges))
+    for left, right in [(a, a), (a, b), (b, c), (c, a)]:
+        one, two = as_graph(left, six), as_graph(right, six)
+        assert as_set(left | right, six) == set(nx.compose(one, two).edges)
+        assert as_set(left & right, six) == set(nx.intersection(one, two).edges)
+        assert as_set(left - right, six) == set(nx.difference(one, two).edges)
+        assert as_set(left | right, six) == as_set(right | left, six)
+        assert as_set(left & right, six) == as_set(right & left, six)
+    assert as_set((a | b) | c, six) == as_set(a | (b | c), six)
+    assert as_set((a & b) & c, six) == as_set(a & (b & c), six)
+    for rule in (a, b, c):
+        graph = as_graph(rule, six)
+        loops = set(nx.selfloop_edges(graph))
+        others = set(nx.complement(graph).edges)  # never has loops
+        assert as_set(~rule, six) == others | {(i, i) for i in range(6)} - loops
+        assert as_set(rule.reverse(), six) == set(graph.reverse().edges)
+        assert as_set(rule.with_self(), six) == set(graph.edges) | {(i, i) for i in range(6)}
+        lengths = dict(nx.all_pairs_shortest_path_length(graph))
+        for k in (1, 2, 5):
+            near = {(i, j) for i in lengths for j, d in lengths[i].items() if 1 <= d <= k}
+            assert as_set(rule.power(k), six) == near | loops
+
+
+@settings(max_examples=40)
+@given(st.lists(st.integers(0, 6), max_size=3), st.integers(1, 3))
+def test_patterns_and_questions_give_the_same(counts, k):
+    """Rules that are worked out once per node count, and the same asked on every node set."""
+    node_set = NodeSet.from_counts(counts)
+    ring, star = topology.ring(k), topology.star()
+    asked_ring, asked_star = topology.rule(lambda n: ring(n)), topology.rule(lambda n: star(n))
+    for make in (
+        lambda a, b: a | b,
+        lambda a, b: a - b,
+        lambda a, b: ~(a & b),
+        lambda a, b: (a - b).reverse(),
+        lambda a, b: a.power(2) & b.with_self(),
+    ):
+        known, asked = make(ring, star), make(asked_ring, asked_star)
+        assert known.is_pattern and not asked.is_pattern
+        assert torch.equal(known(node_set).edge_index, asked(node_set).edge_index)
+
+
+@pytest.mark.parametrize("n", [5, 12])
+def test_powers_of_a_ring(n):
+    graph = nx.power(nx.cycle_graph(n), 3).to_directed()
+    six = NodeSet.from_counts([n])
+    assert as_set(topology.ring(1).power(3), six) == set(graph.edges)
+    assert as_set(topology.ring(1).power(3), six) == as_set(topology.ring(3), six)
+
+
+@settings(max_examples=25)
+@given(st.integers(0, 99), st.lists(st.sampled_from([0, 4, 5]), min_size=1, max_size=3))
+def test_the_algebra_of_dynamic_rules(seed, counts):
+    generator = torch.Generator().manual_seed(seed)
+    node_set = NodeSet.from_counts(counts, torch.randn(sum(counts), 2, generator=generator))
+    every = as_set(topology.complete(), node_set)
+    rules = [topology.knn(2), topology.radius(1.0), topology.top_k(2), topology.random(2)]
+    for a, b in zip(rules, [*rules[1:], topology.ring(1)], strict=True):
+        left, right = as_set(a, node_set), as_set(b, node_set)
+        assert as_set(a | b, node_set) == as_set(b | a, node_set) == left | right
+        assert as_set(a & b, node_set) == as_set(b & a, node_set) == left & right
+        assert as_set(a - b, node_set) == left - right
+        assert as_set(~a, node_set) == every - left
+        assert as_set(a.reverse(), node_set) == {(j, i) for i, j in left}
+        assert (a | b).is_dynamic and (~a).is_dynamic and a.reverse().is_dynamic
 
 
 def test_no_nodes():

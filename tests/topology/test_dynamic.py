@@ -142,3 +142,123 @@ def test_wrong_states(x):
 def test_wrong_k():
     with pytest.raises(ValueError, match=r"knn\(k\) needs at least one neighbour, but k is 0"):
         topology.knn(0)
+
+
+# Other rules that compare states ##################################################
+
+
+def chosen(rule, counts, x, y=None, target_counts=None):
+    sources = NodeSet.from_counts(counts, x)
+    targets = () if y is None else (NodeSet.from_counts(target_counts, y),)
+    return edges_of(rule(sources, *targets))
+
+
+def pairs(counts, target_counts=None):
+    """Every target with the sources of its example."""
+    target_counts = counts if target_counts is None else target_counts
+    first = target = 0
+    for num_src, num_dst in zip(counts, target_counts, strict=True):
+        for j in range(target, target + num_dst):
+            yield j, list(range(first, first + num_src))
+        first, target = first + num_src, target + num_dst
+
+
+COUNTS = [5, 0, 7]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rules_are_what_they_say(dtype):
+    x = torch.randn(12, 3, dtype=dtype)
+    distance = torch.cdist(x.double(), x.double())
+    angle = torch.nn.functional.normalize(x.double()) @ torch.nn.functional.normalize(x.double()).T
+    score = x.double() @ x.double().T / 3**0.5
+
+    def most(table, k, with_self):
+        edges = []
+        for j, sources in pairs(COUNTS):
+            others = [i for i in sources if with_self or i != j]
+            edges += [(i, j) for i in sorted(sorted(others, key=lambda i: -table[j, i])[:k])]
+        return edges
+
+    def enough(table, least, with_self):
+        return [
+            (i, j)
+            for j, sources in pairs(COUNTS)
+            for i in sources
+            if table[j, i] >= least and (with_self or i != j)
+        ]
+
+    for rule, expected in [
+        (topology.knn(2), most(-distance, 2, False)),
+        (topology.knn(2, "cosine"), most(angle, 2, False)),
+        (topology.top_k(3), most(score, 3, True)),
+        (topology.top_k(2, "cosine"), most(angle, 2, True)),
+        (topology.top_k(2, lambda q, k: -(q @ k.mT)), most(-score, 2, True)),
+        (topology.radius(1.5), enough(-distance, -1.5, False)),
+        (topology.radius(0.8, "cosine"), enough(angle, 1 - 0.8**2 / 2, False)),
+        (topology.threshold(0.3), enough(score, 0.3, True)),
+        (topology.threshold(0.3, "cosine"), enough(angle, 0.3, True)),
+        (topology.threshold(0.3, lambda q, k: -(q @ k.mT)), enough(-score * 3**0.5, 0.3, True)),
+    ]:
+        assert rule.is_dynamic
+        assert chosen(rule, COUNTS, x) == expected, rule
+
+
+def test_between_two_sets_every_source_may_be_chosen():
+    x, y = torch.randn(12, 3), torch.randn(4, 3)
+    distance = torch.cdist(y.double(), x.double())
+    table = list(pairs(COUNTS, [2, 0, 2]))
+    nearest_two = [
+        (i, j)
+        for j, sources in table
+        for i in sorted(sorted(sources, key=distance[j].tolist().__getitem__)[:2])
+    ]
+    assert chosen(topology.knn(2), COUNTS, x, y, [2, 0, 2]) == nearest_two
+    close = [(i, j) for j, sources in table for i in sources if distance[j, i] <= 1.5]
+    assert chosen(topology.radius(1.5), COUNTS, x, y, [2, 0, 2]) == close
+
+
+def test_all_nodes_may_be_asked_for_where_the_node_itself_counts():
+    x = torch.randn(3, 2)
+    assert len(chosen(topology.top_k(3), [3], x)) == 9
+    with pytest.raises(ValueError, match=r"top_k\(4\) needs more than 3 nodes .* one has 3"):
+        chosen(topology.top_k(4), [3], x)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: topology.knn(2, "manhattan"), 'must be "euclidean" or "cosine", but is \'manh'),
+        (lambda: topology.radius(1.0, "attention"), 'radius: metric must be "euclidean" or'),
+        (lambda: topology.radius(-1.0), r"radius\(r\) needs a distance r >= 0, but r is -1.0"),
+        (lambda: topology.top_k(0), r"top_k\(k\) needs k >= 1, but k is 0"),
+        (lambda: topology.top_k(2, "dot"), r"top_k\(2, 'dot'\): score must be one of 'euclidean'"),
+        (lambda: topology.threshold(2, 5), "score must be a name or a function, but is 5"),
+    ],
+)
+def test_wrong_arguments(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("rule", [topology.top_k(1), topology.radius(1), topology.threshold(1)])
+def test_without_states(rule):
+    with pytest.raises(ValueError, match="reads the current states, but the node set has no x"):
+        rule(NodeSet.from_counts([3]))
+
+
+def test_states_of_other_width():
+    with pytest.raises(ValueError, match="targets have 2 channels and sources 3; project one"):
+        chosen(topology.knn(1), [4], torch.randn(4, 3), torch.randn(2, 2), [2])
+
+
+def test_a_score_of_the_wrong_shape():
+    rule = topology.top_k(1, lambda q, k: q.sum(-1))
+    with pytest.raises(ValueError, match=r"must give \(examples, targets, sources\), \(1, 3, 3\)"):
+        rule(NodeSet.from_counts([3], torch.randn(3, 2)))
+
+
+def test_examples_that_are_too_small_are_named():
+    x = torch.randn(9, 2)
+    with pytest.raises(ValueError, match=r"one has 1; .* \(examples 1, 3, of 4\)$"):
+        topology.knn(2)(NodeSet.from_counts([3, 2, 3, 1], x))

@@ -52,8 +52,8 @@ def edge_attention(
         key: One row per source.
         value: One row per source.
         relation: The edges, from sources to targets.
-        bias: Added to the scores, in the relation's edge order; :math:`-\infty` removes an edge.
-            (default: :obj:`None`)
+        bias: Added to the scores, in the relation's edge order, and to what the relation carries;
+            :math:`-\infty` removes an edge. (default: :obj:`None`)
         normalise: Which end of the edges forms the groups. (default: :obj:`"target"`)
         scale: Factor of the dot products; ``None`` for :math:`1 / \sqrt{D}`.
             (default: :obj:`None`)
@@ -145,7 +145,16 @@ def _check_arguments(
         raise ValueError(
             f"relation is on {relation.device}, but query is on {query.device}; use relation.to()"
         )
-    return None if bias is None else check_bias(bias, relation.num_edges, query)
+    return joined_bias(bias, relation, query)
+
+
+def joined_bias(bias: Tensor | None, relation: Relation, query: Tensor) -> Tensor | None:
+    """What a caller and the relation add to the scores together, ``[E, 1 or H]``."""
+    given = [term for term in (bias, relation.bias) if term is not None]
+    terms = [check_bias(term, relation.num_edges, query) for term in given]
+    if len(terms) < 2:
+        return terms[0] if terms else None
+    return terms[0] + terms[1]
 
 
 def check_bias(bias: Tensor, num_edges: int, query: Tensor) -> Tensor:

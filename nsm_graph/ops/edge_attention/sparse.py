@@ -46,7 +46,7 @@ def _on_gpu(x: Tensor) -> bool:
 def _degrees(relation: Relation) -> tuple[int, int]:
     """Edges of every target and of every source, where all are known to have as many; else 0."""
     if not relation.is_uniform:
-        return 0, 0
+        return relation.degree or 0, 0
     assert relation.sources is not None
     assert relation.targets is not None
     return relation.sources.max_count, relation.targets.max_count
