@@ -154,6 +154,16 @@ def test_second_derivatives_are_those_of_float64():
     assert_close_to_norm(*grads, 1e-4)
 
 
+def test_batched_gradients_are_those_one_by_one():
+    machine, x = make(SCANS["routed reads"]), torch.randn(7, 3, requires_grad=True)
+    with in_one_kernel():
+        out = run(machine, x, [4, 3]).out
+    directions = torch.randn(3, *out.shape)
+    (batched,) = torch.autograd.grad(out, x, directions, is_grads_batched=True, retain_graph=True)
+    single = [torch.autograd.grad(out, x, one, retain_graph=True)[0] for one in directions]
+    torch.testing.assert_close(batched, torch.stack(single))
+
+
 def test_batches_of_other_sizes_follow_each_other():
     machine = make(head="token")
     for counts in ((5, 7), (1,), (0, 12, 3), (5, 7), (2, 2, 2, 2)):
