@@ -34,6 +34,13 @@ def test_argument_order_is_fixed() -> None:
         nsm.topology.ring: ["k"],
         nsm.topology.knn: ["k"],
         nsm.topology.star: ["hubs"],
+        nsm.topology.band: ["width", "by"],
+        nsm.topology.window: ["width", "by"],
+        nsm.topology.small_world: ["k", "p", "seed"],
+        nsm.topology.expander: ["degree", "seed"],
+        nsm.topology.random_regular: ["degree", "seed"],
+        nsm.topology.learned: ["num_states", "k"],
+        nsm.topology.from_edge_index: ["edge_index", "num_nodes"],
     }
     for function, names in expected.items():
         assert arguments(function) == names, function

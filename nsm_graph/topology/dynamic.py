@@ -22,7 +22,7 @@ from nsm_graph.topology.rows import rows_from_keys
 Score = Callable[[Tensor, Tensor], Tensor]
 
 
-def knn(k: int = 4, metric: str = "euclidean") -> Topology:
+def knn(k: int = 4, *, metric: str = "euclidean") -> Topology:
     r"""Each node from its k nearest others in the current states.
 
     Ties go to the lowest index; an example without nodes has no edges. From one node set to
@@ -46,7 +46,7 @@ def knn(k: int = 4, metric: str = "euclidean") -> Topology:
     if k < 1:
         raise ValueError(f"knn(k) needs at least one neighbour, but k is {k}; use k >= 1")
     _check_metric("knn", metric)
-    name = f"knn({k})" if metric == "euclidean" else f"knn({k}, {metric!r})"
+    name = f"knn({k})" if metric == "euclidean" else f"knn({k}, metric={metric!r})"
     return MostAlike(name, k, metric, without_self=True)
 
 
@@ -73,7 +73,7 @@ def top_k(k: int = 4, score: str | Score = "attention") -> Topology:
     return MostAlike(f"top_k({k}{_name_of(score)})", k, score)
 
 
-def radius(r: float, metric: str = "euclidean") -> Topology:
+def radius(r: float, *, metric: str = "euclidean") -> Topology:
     r"""Each node from all others at a distance of at most ``r`` in the current states.
 
     Args:
@@ -90,7 +90,7 @@ def radius(r: float, metric: str = "euclidean") -> Topology:
     if not r >= 0:
         raise ValueError(f"radius(r) needs a distance r >= 0, but r is {r}")
     _check_metric("radius", metric)
-    name = f"radius({r})" if metric == "euclidean" else f"radius({r}, {metric!r})"
+    name = f"radius({r})" if metric == "euclidean" else f"radius({r}, metric={metric!r})"
     return AlikeEnough(name, -(float(r) ** 2), metric, without_self=True)
 
 

@@ -357,7 +357,7 @@ def test_repr():
         "path()", "grid(2, 3)", "torus(3, 3)", "tree(2)", "band(2)", "window(3)", "causal()",
         "dilated(2, 3)", "blocks(4)", "hierarchical(4)", "small_world(2, 0.1, seed=0)",
         "random_regular(4, seed=1)", "expander(4, seed=0)", "band(2, by='pos')", "causal(by='pos')",
-        "blocks(by='kind')", "knn(4)", "knn(4, 'cosine')", "top_k(2)", "radius(1.5)",
+        "blocks(by='kind')", "knn(4)", "knn(4, metric='cosine')", "top_k(2)", "radius(1.5)",
         "threshold(0.5, 'cosine')", "random(4, seed=2)", "learned(6, 2)",
         "scheduled({0: complete(), 4: ring(1)})", "ring(1).reverse()", "ring(1).power(2)",
     ):  # fmt: skip

@@ -190,12 +190,12 @@ def test_rules_are_what_they_say(dtype):
 
     for rule, expected in [
         (topology.knn(2), most(-distance, 2, False)),
-        (topology.knn(2, "cosine"), most(angle, 2, False)),
+        (topology.knn(2, metric="cosine"), most(angle, 2, False)),
         (topology.top_k(3), most(score, 3, True)),
         (topology.top_k(2, "cosine"), most(angle, 2, True)),
         (topology.top_k(2, lambda q, k: -(q @ k.mT)), most(-score, 2, True)),
         (topology.radius(1.5), enough(-distance, -1.5, False)),
-        (topology.radius(0.8, "cosine"), enough(angle, 1 - 0.8**2 / 2, False)),
+        (topology.radius(0.8, metric="cosine"), enough(angle, 1 - 0.8**2 / 2, False)),
         (topology.threshold(0.3), enough(score, 0.3, True)),
         (topology.threshold(0.3, "cosine"), enough(angle, 0.3, True)),
         (topology.threshold(0.3, lambda q, k: -(q @ k.mT)), enough(-score * 3**0.5, 0.3, True)),
@@ -228,8 +228,11 @@ def test_all_nodes_may_be_asked_for_where_the_node_itself_counts():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: topology.knn(2, "manhattan"), 'must be "euclidean" or "cosine", but is \'manh'),
-        (lambda: topology.radius(1.0, "attention"), 'radius: metric must be "euclidean" or'),
+        (
+            lambda: topology.knn(2, metric="manhattan"),
+            'must be "euclidean" or "cosine", but is \'manh',
+        ),
+        (lambda: topology.radius(1.0, metric="attention"), 'radius: metric must be "euclidean" or'),
         (lambda: topology.radius(-1.0), r"radius\(r\) needs a distance r >= 0, but r is -1.0"),
         (lambda: topology.top_k(0), r"top_k\(k\) needs k >= 1, but k is 0"),
         (lambda: topology.top_k(2, "dot"), r"top_k\(2, 'dot'\): score must be one of 'euclidean'"),

@@ -29,7 +29,7 @@ RULES = [
     topology.from_edge_index(torch.tensor([[0, 1, 2], [1, 2, 3]]), 6),
     topology.from_adjacency(torch.eye(6).roll(1, 0)),
     topology.knn(2),
-    topology.knn(2, "cosine"),
+    topology.knn(2, metric="cosine"),
     topology.top_k(3),
     topology.radius(2.0),
     topology.threshold(0.0),
