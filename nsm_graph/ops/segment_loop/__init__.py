@@ -15,7 +15,7 @@ from nsm_graph.ops.segment_loop import reference
 from nsm_graph.ops.segment_loop.inputs import LoopSegments as LoopSegments
 from nsm_graph.ops.segment_loop.inputs import LoopWeights as LoopWeights
 from nsm_graph.ops.segment_loop.inputs import TokenResults as TokenResults
-from nsm_graph.ops.segment_loop.limits import why_not_triton
+from nsm_graph.ops.segment_loop.limits import why_not_triton as why_not_triton
 from nsm_graph.ops.segment_loop.scan import LoopScan as LoopScan
 from nsm_graph.ops.segment_loop.scan import check_scan
 
@@ -106,9 +106,7 @@ def segment_loop(
     if backend == "triton":
         from nsm_graph.ops.segment_loop import gpu
 
-        return gpu.segment_loop(
-            states, routed, key, value, segments, weights, heads, talk_heads
-        )
+        return gpu.segment_loop(states, routed, key, value, segments, weights, heads, talk_heads)
     from nsm_graph.ops.segment_loop import fused
 
     return fused.segment_loop(

@@ -19,13 +19,14 @@ from torch import Tensor
 from nsm_graph.ops.derivatives import needs_reference, through_reference
 from nsm_graph.ops.segment_loop import reference, triton
 from nsm_graph.ops.segment_loop.inputs import LoopSegments, LoopWeights
+from nsm_graph.ops.segment_loop.limits import block_size
 
 #: Bytes of what backward writes down and multiplies, at most, unless one step needs more.
 CHUNK_BYTES = 1 << 28
 #: Tokens of a block, at most.
 MOST_TOKENS = 64
 #: Numbers of one step's rows that a warp holds in its registers, and warps of a program.
-PER_WARP, MAX_WARPS = 512, 16
+PER_WARP, MAX_WARPS = 128, 8
 
 
 def segment_loop(
@@ -62,7 +63,8 @@ class _Given(NamedTuple):
 
 
 def _name(given: Any) -> _Given:
-    return _Given(*given[:4], LoopWeights(*given[4:]))
+    states, routed, key, value, *weights = given
+    return _Given(states, routed, key, value, LoopWeights(*weights))
 
 
 class _Loop(torch.autograd.Function):
@@ -81,7 +83,8 @@ class _Loop(torch.autograd.Function):
             return None, *[None] * len(given)
         if needs_reference(grads):
             return None, *through_reference(_reference(ctx.call), given, grads)
-        found = _Run(ctx.call, _name(given)).backward(*grads, after)
+        d_after, d_final = grads
+        found = _Run(ctx.call, _name(given)).backward(after, d_after, d_final)
         pairs = zip(found, given, strict=True)
         return None, *(None if x is None else x.to(own.dtype) for x, own in pairs)
 
@@ -107,10 +110,8 @@ class _Run:
     """What forward and backward of a call share."""
 
     def __init__(self, call: _Call, given: _Given) -> None:
-        self.given = _Given(
-            *(None if x is None else x.contiguous() for x in given[:4]),
-            LoopWeights(*(None if x is None else x.contiguous() for x in given.weights)),
-        )
+        tensors: list[Any] = [*given[:4], *given.weights]
+        self.given = _name([None if x is None else x.contiguous() for x in tensors])
         self.segments = call.segments
         self.num_active = call.segments.num_active[call.segments.num_active > 0]
         self.first_group = torch.cat([self.num_active.new_zeros(1), self.num_active.cumsum(0)])
@@ -126,16 +127,17 @@ class _Run:
         """What the kernels are compiled for: sizes alone say it."""
         width, talk_width = self.channels // heads, self.channels // max(talk_heads, 1)
         longest = int(self.segments.token_ptr.diff().max())
-        block_n, block_c = _block(self.num_states), _block(self.channels)
-        warps = _next_power(max(block_n * block_c // PER_WARP, 1))
+        block_n, block_c = block_size(self.num_states), block_size(self.channels)
+        warps = block_n * block_c // PER_WARP
         return {
             "N": self.num_states, "C": self.channels, "HEADS": heads, "TALK_HEADS": talk_heads,
             "D": width, "TALK_D": talk_width,
             "SCALE": width**-0.5, "TALK_SCALE": talk_width**-0.5,
-            "BLOCK_N": block_n, "BLOCK_C": block_c, "BLOCK_D": _block(width),
-            "BLOCK_TALK_D": _block(talk_width), "BLOCK_L": min(_block(longest), MOST_TOKENS),
+            "BLOCK_N": block_n, "BLOCK_C": block_c, "BLOCK_D": block_size(width),
+            "BLOCK_TALK_D": block_size(talk_width),
+            "BLOCK_L": min(block_size(longest), MOST_TOKENS),
             "SHARED": self.given.value is None,
-            "num_warps": min(max(warps, 4), MAX_WARPS), "num_stages": 1,
+            "num_warps": min(max(warps, 2), MAX_WARPS), "num_stages": 1, "enable_fp_fusion": True,
         }  # fmt: skip
 
     def _place(self) -> list[Tensor]:
@@ -158,7 +160,7 @@ class _Run:
         return after, final
 
     def backward(
-        self, d_after: Tensor | None, d_final: Tensor | None, after: Tensor
+        self, after: Tensor, d_after: Tensor | None, d_final: Tensor | None
     ) -> list[Tensor | None]:
         own = self.given
         d_after = None if d_after is None else d_after.contiguous()
@@ -169,9 +171,10 @@ class _Run:
         d_key = torch.empty_like(own.key)
         d_value = None if own.value is None else torch.empty_like(own.value)
         # Those of the weights are added up in the order of chunks.
-        grads = LoopWeights(
-            *(None if w is None else torch.zeros_like(w, dtype=self.dtype) for w in own.weights)
-        )
+        zeros: list[Any] = [
+            None if w is None else torch.zeros_like(w, dtype=self.dtype) for w in own.weights
+        ]
+        grads = LoopWeights(*zeros)
         for first_step, end_step in self._chunks():
             made, first, end = self._make(first_step, end_step)
             with torch.cuda.device_of(own.states):
@@ -262,13 +265,3 @@ def _add_map(grad: Tensor | None, bias: Tensor | None, x: Tensor, d: Tensor) -> 
     grad.addmm_(d.t(), x)
     if bias is not None:
         bias.add_(d.sum(0))
-
-
-def _block(size: int) -> int:
-    """Products of blocks need 16 rows and columns at least."""
-    return max(_next_power(size), 16)
-
-
-def _next_power(x: int) -> int:
-    """The next power of 2: blocks have such sizes, and masks."""
-    return 1 << (x - 1).bit_length()

@@ -16,12 +16,12 @@ import triton
 import triton.language as tl
 
 from nsm_graph.ops.segment_loop.triton.blocks import (
-    as_it_is,
     attend,
     columns_at,
     load_rows,
     load_tokens,
     load_vector,
+    multiply_back,
     product,
     project,
     rows_at,
@@ -40,7 +40,6 @@ def _talk_backward(
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Steps 3 to 5: from the gradient before the norm to that of the propagated states."""
-    DTYPE: tl.constexpr = dy_NC.dtype
     d_NC = dy_NC
     for head in range(HEADS):
         own = head * D
@@ -51,7 +50,7 @@ def _talk_backward(
         places_ND, is_there_ND = columns_at(row, own, N, D, C, BLOCK_N, BLOCK_D)
         tl.store(mixed + places_ND, product(weights_NN, value_ND), mask=is_there_ND)
 
-        d_mixed_ND = product(dy_NC, as_it_is(mix, 0, own, C, D, C, BLOCK_C, BLOCK_D, DTYPE))
+        d_mixed_ND = multiply_back(dy_NC, mix, 0, own, C, D, C, BLOCK_C, BLOCK_D)
         d_value_ND = product(tl.trans(weights_NN), d_mixed_ND)
         terms_NN = product(d_mixed_ND, tl.trans(value_ND))
         mean_N = tl.sum(weights_NN * terms_NN, 1)
@@ -59,9 +58,9 @@ def _talk_backward(
         d_query_ND = SCALE * product(terms_NN, key_ND)
         d_key_ND = product(tl.trans(terms_NN), query_ND)
 
-        d_NC += product(d_query_ND, as_it_is(qkv, own, 0, D, C, C, BLOCK_D, BLOCK_C, DTYPE))
-        d_NC += product(d_key_ND, as_it_is(qkv, C + own, 0, D, C, C, BLOCK_D, BLOCK_C, DTYPE))
-        d_NC += product(d_value_ND, as_it_is(qkv, 2 * C + own, 0, D, C, C, BLOCK_D, BLOCK_C, DTYPE))
+        d_NC += multiply_back(d_query_ND, qkv, own, 0, D, C, C, BLOCK_D, BLOCK_C)
+        d_NC += multiply_back(d_key_ND, qkv, C + own, 0, D, C, C, BLOCK_D, BLOCK_C)
+        d_NC += multiply_back(d_value_ND, qkv, 2 * C + own, 0, D, C, C, BLOCK_D, BLOCK_C)
         places_ND, is_there_ND = columns_at(row, own, N, D, 3 * C, BLOCK_N, BLOCK_D)
         tl.store(d_qkv + places_ND, d_query_ND, mask=is_there_ND)
         tl.store(d_qkv + places_ND + C, d_key_ND, mask=is_there_ND)
@@ -75,22 +74,17 @@ def _gru_backward(
     N: tl.constexpr, C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Steps 6 to 9: from the gradient of the propagated states to those of state and update."""
-    DTYPE: tl.constexpr = d_NC.dtype
     d_new_NC = d_NC * mix_NC * (1.0 - new_NC * new_NC)
     d_mix_NC = d_NC * (new_NC - state_NC) * mix_NC * (1.0 - mix_NC)
     d_state_NC = d_NC * (1.0 - mix_NC)
-    d_both_NC = product(
-        d_new_NC, as_it_is(candidate, 0, 0, C, C, 2 * C, BLOCK_C, BLOCK_C, DTYPE)
-    )
-    d_update_NC = product(
-        d_new_NC, as_it_is(candidate, 0, C, C, C, 2 * C, BLOCK_C, BLOCK_C, DTYPE)
-    )
+    d_both_NC = multiply_back(d_new_NC, candidate, 0, 0, C, C, 2 * C, BLOCK_C, BLOCK_C)
+    d_update_NC = multiply_back(d_new_NC, candidate, 0, C, C, C, 2 * C, BLOCK_C, BLOCK_C)
     d_reset_NC = d_both_NC * state_NC * reset_NC * (1.0 - reset_NC)
     d_state_NC += d_both_NC * reset_NC
-    d_state_NC += product(d_reset_NC, as_it_is(gates, 0, 0, C, C, 2 * C, BLOCK_C, BLOCK_C, DTYPE))
-    d_state_NC += product(d_mix_NC, as_it_is(gates, C, 0, C, C, 2 * C, BLOCK_C, BLOCK_C, DTYPE))
-    d_update_NC += product(d_reset_NC, as_it_is(gates, 0, C, C, C, 2 * C, BLOCK_C, BLOCK_C, DTYPE))
-    d_update_NC += product(d_mix_NC, as_it_is(gates, C, C, C, C, 2 * C, BLOCK_C, BLOCK_C, DTYPE))
+    d_state_NC += multiply_back(d_reset_NC, gates, 0, 0, C, C, 2 * C, BLOCK_C, BLOCK_C)
+    d_state_NC += multiply_back(d_mix_NC, gates, C, 0, C, C, 2 * C, BLOCK_C, BLOCK_C)
+    d_update_NC += multiply_back(d_reset_NC, gates, 0, C, C, C, 2 * C, BLOCK_C, BLOCK_C)
+    d_update_NC += multiply_back(d_mix_NC, gates, C, C, C, C, 2 * C, BLOCK_C, BLOCK_C)
     places_NC, is_there_NC = columns_at(row, 0, N, C, 3 * C, BLOCK_N, BLOCK_C)
     tl.store(d_gates + places_NC, d_reset_NC, mask=is_there_NC)
     tl.store(d_gates + places_NC + C, d_mix_NC, mask=is_there_NC)
@@ -142,23 +136,18 @@ def _read_backward(
     SHARED: tl.constexpr,
 ):  # fmt: skip
     """Steps 10 to 12: adds to the gradient of the states what goes through attention."""
-    DTYPE: tl.constexpr = state_NC.dtype
     for head in range(HEADS):
         own = head * D
         query_ND = SCALE * project(state_NC, query, query_bias, own, C, D, BLOCK_C, BLOCK_D)
         attended_ND, highest_N, total_N = attend(
             query_ND, key, value, first, end, head, C, D, BLOCK_N, BLOCK_D, BLOCK_L, SHARED
         )
-        d_attended_ND = product(
-            d_update_NC, as_it_is(out, 0, own, C, D, C, BLOCK_C, BLOCK_D, DTYPE)
-        )
+        d_attended_ND = multiply_back(d_update_NC, out, 0, own, C, D, C, BLOCK_C, BLOCK_D)
         d_query_ND = SCALE * _attend_backward(
             d_attended_ND, attended_ND, highest_N, total_N, query_ND, key, value, d_key, d_value,
             first, end, head, C, D, BLOCK_N, BLOCK_D, BLOCK_L, SHARED,
         )  # fmt: skip
-        d_state_NC += product(
-            d_query_ND, as_it_is(query, own, 0, D, C, C, BLOCK_D, BLOCK_C, DTYPE)
-        )
+        d_state_NC += multiply_back(d_query_ND, query, own, 0, D, C, C, BLOCK_D, BLOCK_C)
         places_ND, is_there_ND = columns_at(row, own, N, D, C, BLOCK_N, BLOCK_D)
         tl.store(attended + places_ND, attended_ND, mask=is_there_ND)
         tl.store(d_query + places_ND, d_query_ND, mask=is_there_ND)

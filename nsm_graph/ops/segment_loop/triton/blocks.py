@@ -59,27 +59,16 @@ def load_vector(x, first, C: tl.constexpr, BLOCK_C: tl.constexpr, DTYPE: tl.cons
 
 
 @triton.jit
-def turned(
+def load_matrix(
     w, first_out, first_in, OUT: tl.constexpr, IN: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """A block of a matrix of ``WIDTH`` columns as ``[in, out]``: what forward multiplies by."""
-    outs = tl.arange(0, BLOCK_OUT)[None, :]
-    ins = tl.arange(0, BLOCK_IN)[:, None]
-    places = (first_out + outs) * WIDTH + first_in + ins
-    return tl.load(w + places, mask=(outs < OUT) & (ins < IN), other=0.0).to(DTYPE)
-
-
-@triton.jit
-def as_it_is(
-    w, first_out, first_in, OUT: tl.constexpr, IN: tl.constexpr, WIDTH: tl.constexpr,
-    BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """The same as ``[out, in]``: what backward multiplies by."""
-    outs = tl.arange(0, BLOCK_OUT)[:, None]
-    ins = tl.arange(0, BLOCK_IN)[None, :]
-    places = (first_out + outs) * WIDTH + first_in + ins
-    return tl.load(w + places, mask=(outs < OUT) & (ins < IN), other=0.0).to(DTYPE)
+    """A block of a matrix of ``WIDTH`` columns."""
+    outs_O = tl.arange(0, BLOCK_OUT)
+    ins_I = tl.arange(0, BLOCK_IN)
+    places_OI = (first_out + outs_O)[:, None] * WIDTH + first_in + ins_I[None, :]
+    is_there_OI = (outs_O < OUT)[:, None] & (ins_I < IN)[None, :]
+    return tl.load(w + places_OI, mask=is_there_OI, other=0.0).to(DTYPE)
 
 
 # Arithmetic ########################################################################
@@ -96,15 +85,37 @@ def tanh(x):
 
 
 @triton.jit
+def multiply(
+    x_NI, w, first_out, first_in, OUT: tl.constexpr, IN: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
+):  # fmt: skip
+    """What a block of a matrix of ``WIDTH`` columns makes of rows, ``[N, out]``."""
+    w_OI = load_matrix(
+        w, first_out, first_in, OUT, IN, WIDTH, BLOCK_OUT, BLOCK_IN, x_NI.dtype
+    )  # fmt: skip
+    return product(x_NI, tl.trans(w_OI))
+
+
+@triton.jit
+def multiply_back(
+    d_NO, w, first_out, first_in, OUT: tl.constexpr, IN: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
+):  # fmt: skip
+    """The gradient of what it read from that of what it made, ``[N, in]``."""
+    w_OI = load_matrix(
+        w, first_out, first_in, OUT, IN, WIDTH, BLOCK_OUT, BLOCK_IN, d_NO.dtype
+    )  # fmt: skip
+    return product(d_NO, w_OI)
+
+
+@triton.jit
 def project(
     x_NC, w, bias, first, C: tl.constexpr, D: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """D rows of a matrix from ``first`` on, and their bias, make ``[N, D]``."""
-    DTYPE: tl.constexpr = x_NC.dtype
-    bias_D = load_vector(bias, first, D, BLOCK_D, DTYPE)
-    matrix_CD = turned(w, first, 0, D, C, C, BLOCK_D, BLOCK_C, DTYPE)
-    return product(x_NC, matrix_CD) + bias_D[None, :]
+    bias_D = load_vector(bias, first, D, BLOCK_D, x_NC.dtype)
+    return multiply(x_NC, w, first, 0, D, C, C, BLOCK_D, BLOCK_C) + bias_D[None, :]
 
 
 # Attention #########################################################################

@@ -19,12 +19,12 @@ from nsm_graph.ops.segment_loop.triton.blocks import (
     attend,
     load_rows,
     load_vector,
+    multiply,
     product,
     project,
     rows_at,
     talk_weights,
     tanh,
-    turned,
 )
 
 # A step ############################################################################
@@ -46,18 +46,16 @@ def read(
         attended_ND, _, _ = attend(
             query_ND, key, value, first, end, head, C, D, BLOCK_N, BLOCK_D, BLOCK_L, SHARED
         )
-        out_DC = turned(out, 0, head * D, C, D, C, BLOCK_C, BLOCK_D, DTYPE)
-        update_NC += product(attended_ND, out_DC)
+        update_NC += multiply(attended_ND, out, 0, head * D, C, D, C, BLOCK_C, BLOCK_D)
     return update_NC
 
 
 @triton.jit
 def _gate(left_NC, right_NC, w, bias, first, C: tl.constexpr, BLOCK_C: tl.constexpr):
     """C rows of a matrix from ``first`` on, of two inputs side by side."""
-    DTYPE: tl.constexpr = left_NC.dtype
-    sum_NC = product(left_NC, turned(w, first, 0, C, C, 2 * C, BLOCK_C, BLOCK_C, DTYPE))
-    sum_NC += product(right_NC, turned(w, first, C, C, C, 2 * C, BLOCK_C, BLOCK_C, DTYPE))
-    return sum_NC + load_vector(bias, first, C, BLOCK_C, DTYPE)[None, :]
+    sum_NC = multiply(left_NC, w, first, 0, C, C, 2 * C, BLOCK_C, BLOCK_C)
+    sum_NC += multiply(right_NC, w, first, C, C, C, 2 * C, BLOCK_C, BLOCK_C)
+    return sum_NC + load_vector(bias, first, C, BLOCK_C, left_NC.dtype)[None, :]
 
 
 @triton.jit
@@ -88,7 +86,7 @@ def talk(
         key_ND = project(propagated_NC, qkv, qkv_bias, C + own, C, D, BLOCK_C, BLOCK_D)
         value_ND = project(propagated_NC, qkv, qkv_bias, 2 * C + own, C, D, BLOCK_C, BLOCK_D)
         mixed_ND = product(talk_weights(query_ND, key_ND, N, BLOCK_N), value_ND)
-        sum_NC += product(mixed_ND, turned(mix, 0, own, C, D, C, BLOCK_C, BLOCK_D, DTYPE))
+        sum_NC += multiply(mixed_ND, mix, 0, own, C, D, C, BLOCK_C, BLOCK_D)
     return sum_NC
 
 
