@@ -10,6 +10,7 @@ from nsm_graph.topology import NodeSet
 collect_ignore = []
 if find_spec("triton") is None:
     collect_ignore += [f"nsm_graph/ops/edge_attention/{name}.py" for name in ("gpu", "triton")]
+    collect_ignore += [f"nsm_graph/ops/segment_loop/{name}" for name in ("gpu.py", "triton")]
 
 
 @pytest.fixture(autouse=True)

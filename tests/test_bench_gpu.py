@@ -1,12 +1,13 @@
 """The benchmark on a GPU: what it does where there is none, and its records, made on a CPU."""
 
 import subprocess
+from functools import partial
 from importlib.util import find_spec
 
 import pytest
 import torch
 
-from nsm_graph.bench import BENCHES, bench_gpu, gpu
+from nsm_graph.bench import BENCHES, bench_gpu, gpu, gpu_loop
 from nsm_graph.cli import main
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
@@ -23,6 +24,8 @@ def small(monkeypatch):
     monkeypatch.setattr(gpu, "SPARSE", (60, 3, 2, 8))
     monkeypatch.setattr(gpu, "COMPLETE", (4, 3, 5, 2, 8))
     monkeypatch.setattr(gpu, "CALLS", 1)
+    monkeypatch.setattr(gpu_loop, "EXAMPLES", 2)
+    monkeypatch.setattr(gpu_loop, "LENGTH", 128)
 
 
 @pytest.mark.slow
@@ -30,7 +33,7 @@ def small(monkeypatch):
 def test_without_a_gpu_the_kernels_are_checked_and_nothing_is_timed(no_gpu, capsys):
     assert main(["bench", "gpu"]) == 0
     printed = capsys.readouterr().out
-    assert "results and gradients,\n2 cases" in printed
+    assert "results and gradients,\n4 cases" in printed
     assert "no GPU" in printed and "nothing was timed" in printed
     assert "ratio" not in printed
 
@@ -71,6 +74,26 @@ def test_complete_relations_are_checked_and_timed(small):
     (record,) = gpu._complete_records(CPU, repetitions=1, scale=0.5)
     assert record.correct and record.ours_ms > 0 and record.peer_ms > 0
     assert (record.peer, record.target) == ("SDPA", 0.95)
+
+
+def test_a_training_step_is_checked_and_timed(small):
+    times = partial(gpu._times, device=CPU, repetitions=1)
+    records = [*map(gpu._on_this_gpu, gpu_loop.loop_records(CPU, times, scale=0.5))]
+    assert [(record.peer, record.target) for record in records] == [
+        ("step by step", 10.0), ("GRU", 5.0)
+    ] * 2  # fmt: skip
+    assert [record.case.split()[-1] for record in records[::2]] == ["S16", "S64"]
+    for record in records:
+        assert record.correct and record.ours_ms > 0 and record.peer_ms > 0
+        assert "step B2 L64 N16" in record.case and "million tokens/s against" in record.note
+        assert "gpu" in record.env
+    assert " parameters beside our " in records[1].note
+
+
+def test_a_loop_with_other_results_is_noticed(small, monkeypatch):
+    monkeypatch.setattr(gpu_loop, "_is_right", lambda *_: False)
+    times = partial(gpu._times, device=CPU, repetitions=1)
+    assert not any(record.correct for record in gpu_loop.loop_records(CPU, times, 0.5))
 
 
 def test_a_peer_with_other_results_is_noticed(small, monkeypatch):

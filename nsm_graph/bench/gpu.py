@@ -1,6 +1,8 @@
-"""Edge attention on a GPU beside what people would use instead: first that it is right, then times.
+"""Kernels on a GPU beside what people would use instead: first that they are right, then times.
 
-Without a GPU its kernels run in Triton's interpreter, which says whether they are right and nothing
+Edge attention here, the machine's loop in `gpu_loop.py`.
+
+Without a GPU the kernels run in Triton's interpreter, which says whether they are right and nothing
 about their speed.
 """
 
@@ -10,6 +12,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,7 +29,8 @@ from nsm_graph.bench.attention import (
     _random_degree,
     _step,
 )
-from nsm_graph.bench.record import BenchRecord, environment, interleaved_medians
+from nsm_graph.bench.gpu_loop import check_loop, loop_records
+from nsm_graph.bench.record import BenchRecord, interleaved_medians
 from nsm_graph.ops.backend import NEEDS_TRITON
 from nsm_graph.ops.edge_attention import Normalise, edge_attention
 from nsm_graph.relation import Relation
@@ -42,36 +46,46 @@ NO_GPU = """\
 In Triton's interpreter the kernels for a GPU give the reference's results and gradients,
 {cases} cases. Torch finds no GPU, so they were not run on one, and nothing was timed: not sparse
 attention beside PyG, not backward beside forward, not forward beside copying, not complete
-relations beside scaled_dot_product_attention."""
+relations beside scaled_dot_product_attention, not the machine's loop beside itself step by step,
+not beside a GRU."""
 
-TESTS = Path(__file__).parents[2] / "tests" / "ops" / "test_edge_attention_triton.py"
+TESTS = Path(__file__).parents[2] / "tests" / "ops"
 
 
 def bench_gpu(*, repetitions: int = 5, scale: float = 1.0) -> list[BenchRecord]:
-    """Sparse attention in float32 and bfloat16, and complete relations; no records without a GPU.
+    """Sparse attention in float32 and bfloat16, complete relations, a machine's training step.
+
+    There are no records without a GPU.
 
     Args:
         repetitions: Timed turns of each.
-        scale: Share of the targets and examples; less than 1 for a quick look.
+        scale: Share of targets, examples and tokens of a machine; less than 1 for a quick look.
     """
     if find_spec("triton") is None:
         raise ValueError(f"bench gpu {NEEDS_TRITON}")
     if not torch.cuda.is_available():
-        code = "from nsm_graph.bench import gpu; print(gpu.check_kernels('cpu'))"
+        code = "from nsm_graph.bench import gpu; print(gpu.check_all('cpu'))"
         cases = _subprocess("-c", code, TRITON_INTERPRET="1").strip()
         print(NO_GPU.format(cases=cases))
         return []
     if TESTS.exists() and find_spec("pytest") is not None:
-        _subprocess("-m", "pytest", "-q", str(TESTS))
-    check_kernels("cuda")
+        _subprocess("-m", "pytest", "-q", *map(str, TESTS.glob("test_*_triton.py")))
+    check_all("cuda")
     device = torch.device("cuda")
+    times = partial(_times, device=device, repetitions=repetitions)
     return [
         *_sparse_records(device, repetitions, scale),
         *_complete_records(device, repetitions, scale),
+        *map(_on_this_gpu, loop_records(device, times, scale)),
     ]
 
 
 # Right or wrong ####################################################################
+
+
+def check_all(device: str) -> int:
+    """Checks every kernel; returns how many cases."""
+    return check_kernels(device) + check_loop(device)
 
 
 def check_kernels(device: str) -> int:
@@ -226,7 +240,12 @@ def _agree(ours: Attention, given: list[Tensor], wanted: list[Tensor], tolerance
 def _record(
     case: str, peer: str, ours_ms: float, peer_ms: float, is_right: bool, target: float
 ) -> BenchRecord:
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    env = {**environment(), "gpu": name}
     note = f"{1000 * ours_ms:.0f} us against {1000 * peer_ms:.0f}"
-    return BenchRecord(case, peer, ours_ms, peer_ms, is_right, target, note=note, env=env)
+    record = BenchRecord(case, peer, ours_ms, peer_ms, is_right, target, note=note)
+    return _on_this_gpu(record)
+
+
+def _on_this_gpu(record: BenchRecord) -> BenchRecord:
+    """The same with the GPU's name."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return replace(record, env={**record.env, "gpu": name})

@@ -1,5 +1,7 @@
 """Hoisting and the loop over segments as one operation, where the cell is the documented one.
 
+On a GPU tokens are hoisted by torch's operations, and the loop is one kernel.
+
 The same numbers as the cell's own modules, up to rounding. What the loop's operation does not know
 goes step by step, and the log named ``nsm_graph`` says why, once.
 """
@@ -32,7 +34,13 @@ from nsm_graph.nn.edge_attention_layer import is_watched
 from nsm_graph.nn.scan_heads import MemoryHeads, TransitionHeads
 from nsm_graph.nn.scan_layer import ScanLayer
 from nsm_graph.ops.hoist import HoistWeights
-from nsm_graph.ops.segment_loop import LoopSegments, LoopWeights, segment_loop, token_loop
+from nsm_graph.ops.segment_loop import (
+    LoopSegments,
+    LoopWeights,
+    segment_loop,
+    token_loop,
+    why_not_triton,
+)
 from nsm_graph.topology.base import Complete
 
 logger = logging.getLogger("nsm_graph")
@@ -41,20 +49,25 @@ _said: set[str] = set()
 
 def why_not_fused(
     cell: StateMachineCell, states: Tensor, *, record: bool = False,
-    bptt_segments: int | None = None,
+    bptt_segments: int | None = None, num_states: int | None = None,
 ) -> str | None:  # fmt: skip
-    """Why the loop has to go step by step; None where it need not."""
+    """Why the loop has to go step by step; None where it need not.
+
+    An example has ``num_states`` states; None for as many as there are slots.
+    """
     if not cell.fuse:
         return "cell.fuse is False"
-    if states.device.type != "cpu":
+    backend = _backend(states)
+    if backend is None:
         return f"there is no kernel for {states.device.type}"
-    if states.dtype != torch.float32:
+    narrow = (torch.bfloat16, torch.float16) if backend == "triton" else ()
+    if states.dtype not in (torch.float32, *narrow):
         return f"{states.dtype} asks for the reference"
     if torch.compiler.is_compiling() or cell._compiled_call_impl is not None:
         return "the cell is compiled"
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return "a function transform has to see every operation"
-    if torch.is_autocast_enabled("cpu"):
+    if torch.is_autocast_enabled(states.device.type):
         return "autocast chooses the type of every operation"
     if cell.snap is not None:
         return "a snap acts in every step"
@@ -68,7 +81,24 @@ def why_not_fused(
         return "steps are recorded, or the history is cut"
     if not _is_plain(cell) or any(getattr(torch_module, hooks) for hooks in _GLOBAL_HOOKS):
         return "a part of the cell was replaced, or a hook watches it"
+    if backend == "triton":
+        return _why_not_on_a_gpu(cell, states, num_states)
     return None if cell.scan is None else _why_scan_is_not_fused(cell)
+
+
+def _backend(states: Tensor) -> str | None:
+    """Of the loop, by the device; None where it has no kernel."""
+    return {"cpu": "cpu", "cuda": "triton"}.get(states.device.type)
+
+
+def _why_not_on_a_gpu(cell: StateMachineCell, states: Tensor, num_states: int | None) -> str | None:
+    if cell.scan is not None:
+        return "the kernel for a GPU has no scan"
+    channels = states.size(1)
+    num_states = cell.router.num_states if num_states is None else num_states
+    is_lstm = cell.propagator.lin_candidate is None
+    gated = channels - cell.kept_channels
+    return why_not_triton(states.dtype, num_states, channels, gated, is_lstm=is_lstm)
 
 
 def _why_scan_is_not_fused(cell: StateMachineCell) -> str | None:
@@ -112,7 +142,8 @@ def read_fused(
     talk_heads = None if cell.communication is None else cell.communication.heads
     mass: Tensor | None
     reads = None
-    if _hoists_plainly(cell):
+    backend = _backend(states)
+    if backend == "cpu" and _hoists_plainly(cell):
         projections = _projections(cell, importance, slots)
         scan = None
         if scanned is not None:
@@ -134,7 +165,7 @@ def read_fused(
         )
         after, final, *final_cell = segment_loop(
             states, hoisted.routed, hoisted.key, hoisted.value, segments, loop_weights(cell), heads,
-            talk_heads=talk_heads, cell=cell_states, keep=keep, backend="cpu",
+            talk_heads=talk_heads, cell=cell_states, keep=keep, backend=backend,
         )  # fmt: skip
         last_cell = final_cell[0] if final_cell else None
         mass = cell.routing_mass(weights, hoisted.relation)

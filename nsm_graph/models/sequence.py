@@ -47,7 +47,9 @@ def read_sequence(
     if state.cell is not None:
         cell_states = _reorder(state.cell, plan.example_order, num_states)
     reads: Tensor | None
-    reason = why_not_fused(cell, states, record=record is not None, bptt_segments=bptt_segments)
+    reason = why_not_fused(
+        cell, states, record=record is not None, bptt_segments=bptt_segments, num_states=num_states
+    )
     if reason is None:
         keep = checkpoint_segments is None
         trace, mass, reads = read_fused(

@@ -199,7 +199,7 @@ def loss_of(results, last=None):
     for i, x in enumerate(results):
         direction = torch.cos(torch.arange(x.numel(), dtype=torch.float64) + 7 * i).view(x.shape)
         rows = slice(0 if last is None else -last, None)
-        total = total + (x[rows] * direction[rows].to(x.dtype)).sum()
+        total = total + (x[rows] * direction[rows].to(x)).sum()
     return total
 
 

@@ -15,6 +15,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from triton_compiler import Compiles
 
 from nsm_graph.ops import explain
 from nsm_graph.ops.edge_attention import edge_attention, sparse
@@ -352,40 +353,6 @@ def test_the_kernels_in_the_interpreter():
         text=True,
     )
     assert run.returncode == 0 and re.search(r"\d\d passed", run.stdout), run.stdout + run.stderr
-
-
-class Compiles:
-    """In place of a kernel: compiles it for a GPU that need not be there, and runs nothing."""
-
-    def __init__(self, kernel):
-        self.kernel, self.compiled = kernel, []
-
-    def __getitem__(self, grid):
-        return self.compile
-
-    def compile(self, *args, num_warps, enable_fp_fusion, **constants):
-        import triton
-        from triton.backends.compiler import GPUTarget
-
-        names = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-        names |= {torch.float64: "fp64", torch.int32: "i32", torch.int64: "i64"}
-        signature = {}
-        given = dict(zip(self.kernel.arg_names, args, strict=False))
-        for name, value in (given | constants).items():
-            if isinstance(value, torch.Tensor):
-                signature[name] = f"*{names[value.dtype]}"
-            elif name in constants or value is None:
-                signature[name] = "constexpr"
-                constants[name] = value
-            else:
-                signature[name] = "i32"
-        self.compiled.append(
-            triton.compile(
-                triton.compiler.ASTSource(self.kernel, signature, constants),
-                target=GPUTarget("cuda", 90, 32),
-                options={"num_warps": num_warps, "enable_fp_fusion": enable_fp_fusion},
-            )
-        )
 
 
 @pytest.mark.skipif(INTERPRETS, reason="the interpreter is not a compiler")

@@ -2,7 +2,7 @@
 
 The cell's equations with dense attention, for a ragged batch whose groups (segments of examples)
 stand step by step. `reference.py` is the loop in plain torch, `cpu/` one kernel for all of it,
-`README.md` the derivation.
+`triton/` one for GPUs, `README.md` the derivation.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from nsm_graph.ops.segment_loop import reference
 from nsm_graph.ops.segment_loop.inputs import LoopSegments as LoopSegments
 from nsm_graph.ops.segment_loop.inputs import LoopWeights as LoopWeights
 from nsm_graph.ops.segment_loop.inputs import TokenResults as TokenResults
+from nsm_graph.ops.segment_loop.limits import why_not_triton as why_not_triton
 from nsm_graph.ops.segment_loop.scan import LoopScan as LoopScan
 from nsm_graph.ops.segment_loop.scan import check_scan
 
-BACKENDS = ("cpu", "reference")
+BACKENDS = ("cpu", "triton", "reference")
 
 
 def segment_loop(
@@ -72,8 +73,9 @@ def segment_loop(
         cell: The LSTM's cell before the first step; ``None`` for a GRU. (default: :obj:`None`)
         keep: Keep what every step makes for backward; otherwise backward makes it again, step by
             step: a fraction of the memory, a little more time. (default: :obj:`True`)
-        backend: ``"cpu"``, ``"reference"``, or ``None`` for the kernel where tensors are in
-            float32 on a CPU. (default: :obj:`None`)
+        backend: ``"cpu"``, ``"triton"`` for a GPU, ``"reference"``, or ``None`` for the kernel
+            where tensors are in float32 on a CPU, or on a GPU whose kernel knows all of this.
+            (default: :obj:`None`)
 
     Shapes:
         - **input:** for S groups, states :math:`(BN, C)`, cell :math:`(BN, G)`, routed
@@ -85,13 +87,26 @@ def segment_loop(
     Raises:
         ValueError: If shapes or types disagree, or the backend does not know what it is given.
     """
-    backend = _choose(backend, states)
+    _check_backend(backend, states)
     talk_heads = heads if talk_heads is None else talk_heads
     _check(states, routed, key, value, segments, weights, heads, talk_heads, cell)
+    why_not = None
+    if backend in ("triton", None) and _on_gpu(states):
+        num_states = routed.size(0) // max(segments.token_ptr.numel() - 1, 1)
+        why_not = why_not_triton(
+            states.dtype, num_states, states.size(1), weights.gated, is_lstm=cell is not None
+        )
+        if why_not is not None and backend == "triton":
+            raise ValueError(f"{why_not}; ask for backend='reference'")
+    backend = _choose(backend, states, why_not)
     if backend == "reference" or routed.numel() == 0:
         return reference.segment_loop(
             states, routed, key, value, segments, weights, heads, talk_heads, cell
         )
+    if backend == "triton":
+        from nsm_graph.ops.segment_loop import gpu
+
+        return gpu.segment_loop(states, routed, key, value, segments, weights, heads, talk_heads)
     from nsm_graph.ops.segment_loop import fused
 
     return fused.segment_loop(
@@ -131,7 +146,8 @@ def token_loop(
         talk_heads: Heads of communication; ``None`` for as many. (default: :obj:`None`)
         cell: See :func:`segment_loop`.
         keep: The same.
-        backend: The same.
+        backend: ``"cpu"``, ``"reference"``, or ``None`` for the kernel where tensors are in
+            float32 on a CPU. (default: :obj:`None`)
 
     Shapes:
         - **input:** for S groups, states :math:`(BN, C)`, x :math:`(T, C_t)`, first :math:`(S,)`
@@ -144,7 +160,13 @@ def token_loop(
     Raises:
         ValueError: If shapes or types disagree, or the backend does not know what it is given.
     """
-    backend = _choose(backend, states)
+    if backend == "triton":
+        raise ValueError(
+            "the kernel for a GPU reads rows, not tokens: give what nsm_graph.ops.hoist makes of "
+            "them to segment_loop"
+        )
+    _check_backend(backend, states)
+    backend = _choose(backend, states, "rows are not given")
     groups = TokenGroups(first, segments.token_ptr)
     check_tokens(x, groups, projections, heads)
     num_states = projections.logits.size(0) // heads
@@ -165,19 +187,35 @@ def token_loop(
     )
 
 
-def _choose(backend: str | None, states: Tensor) -> str:
-    """The backend for these states; raises where the one that is asked for cannot serve them."""
+def _check_backend(backend: str | None, states: Tensor) -> None:
+    """Raises unless a backend of that name can serve these states."""
     if backend not in (*BACKENDS, None):
         raise ValueError(f"backend must be one of {BACKENDS} or None, but is {backend!r}")
-    if backend is None:
-        return "cpu" if states.is_cpu and states.dtype == torch.float32 else "reference"
     is_known = states.is_cpu and states.dtype in (torch.float32, torch.float64)
     if backend == "cpu" and not is_known:
         raise ValueError(
             f"the kernel takes torch.float32 and torch.float64 on cpu, but states are "
             f"{states.dtype} on {states.device}; ask for backend='reference'"
         )
-    return backend
+    if backend == "triton" and not _on_gpu(states):
+        raise ValueError(
+            f"backend='triton' needs states on a GPU, but they are on {states.device}; ask for "
+            f"backend='cpu' or 'reference'"
+        )
+
+
+def _on_gpu(x: Tensor) -> bool:
+    return x.is_cuda
+
+
+def _choose(backend: str | None, states: Tensor, why_not: str | None) -> str:
+    """The backend for these states; ``why_not`` is said of a GPU's kernel."""
+    if backend is not None:
+        return backend
+    if _on_gpu(states):
+        is_served = why_not is None and states.dtype != torch.float64
+        return "triton" if is_served else "reference"
+    return "cpu" if states.is_cpu and states.dtype == torch.float32 else "reference"
 
 
 def release_memory() -> None:
