@@ -82,12 +82,15 @@ def loop_records(device: torch.device, times: Times, scale: float) -> list[Bench
     for segment in SEGMENTS:
         length = max(round(LENGTH * scale / segment), 1) * segment
         machine = _make_machine(segment).to(device)
+        machine.cell.fuse = "triton"
         x, batch = (rows.to(device) for rows in make_batch([length] * EXAMPLES))
         is_right = _is_right(machine, x, batch, None)
         layer = _equal_parameters(_make_gru, machine).to(device)
         x_BTC = x.view(EXAMPLES, length, CHANNELS)
 
-        def step(fuse: bool, machine: Any = machine, x: Tensor = x, batch: Tensor = batch) -> None:
+        def step(
+            fuse: bool | str, machine: Any = machine, x: Tensor = x, batch: Tensor = batch
+        ) -> None:
             machine.cell.fuse = fuse
             _step(machine, lambda: machine(x, batch))
 
@@ -95,7 +98,7 @@ def loop_records(device: torch.device, times: Times, scale: float) -> list[Bench
             _step(layer, lambda: layer(x_BTC)[0])
 
         runs: dict[str, Callable[[], object]] = {
-            "ours": partial(step, True), "step by step": partial(step, False), "GRU": layer_step,
+            "ours": partial(step, "triton"), "step by step": partial(step, False), "GRU": layer_step,
         }  # fmt: skip
         time = times(runs)
         case = f"step B{EXAMPLES} L{length} N{STATES} C{CHANNELS} H{HEADS} S{segment}"

@@ -157,8 +157,9 @@ class StateMachineCell(nn.Module):
         self.scan = scan
         #: Draws the states to codes after each segment; see :meth:`NeuralStateMachine.fit_snap`.
         self.snap: StateSnap | None = None
-        #: Whether all segments may be read in one kernel; False to see every operation.
-        self.fuse = True
+        #: Whether all segments may be read in one kernel; False to see every operation, "triton"
+        #: for the kernel for GPUs as well, which has not been timed on one yet.
+        self.fuse: bool | str = True
         self.router = self.attention = self.communication = None
         if mix != "attention":
             self.router = TokenToStateRouter(

@@ -60,6 +60,8 @@ def why_not_fused(
     backend = _backend(states)
     if backend is None:
         return f"there is no kernel for {states.device.type}"
+    if backend == "triton" and cell.fuse != "triton":
+        return 'the kernel for a GPU was never timed on one; cell.fuse = "triton" asks for it'
     narrow = (torch.bfloat16, torch.float16) if backend == "triton" else ()
     if states.dtype not in (torch.float32, *narrow):
         return f"{states.dtype} asks for the reference"

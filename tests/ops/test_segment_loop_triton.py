@@ -205,6 +205,7 @@ class TestKernels:
     def test_the_machine(self, monkeypatch, options):
         monkeypatch.setattr(fused, "_backend", lambda states: "triton")
         machine = NeuralStateMachine(3, 8, 3, 2, segment_length=4, heads=2, **options).to(DEVICE)
+        machine.cell.fuse = "triton"
         x, batch = torch.randn(9, 3, device=DEVICE), torch.tensor([0] * 6 + [1] * 3, device=DEVICE)
         calls = []
         read = fused.read_fused
@@ -327,6 +328,8 @@ def test_what_a_machine_on_a_gpu_reads_step_by_step(monkeypatch, options, messag
     monkeypatch.setattr(fused, "_backend", lambda states: "triton")
     sizes = {"in_channels": 3, "state_channels": 8, "num_states": 3, "out_channels": 2}
     machine = NeuralStateMachine(**sizes | {"segment_length": 4, "heads": 2} | options)
+    assert 'fuse = "triton" asks' in fused.why_not_fused(machine.cell, torch.zeros(3, 8))
+    machine.cell.fuse = "triton"
     reason = fused.why_not_fused(machine.cell, torch.zeros(3, 8))
     assert reason is None if message is None else message in reason
     if message is None:
