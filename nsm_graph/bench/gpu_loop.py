@@ -98,8 +98,10 @@ def loop_records(device: torch.device, times: Times, scale: float) -> list[Bench
             _step(layer, lambda: layer(x_BTC)[0])
 
         runs: dict[str, Callable[[], object]] = {
-            "ours": partial(step, "triton"), "step by step": partial(step, False), "GRU": layer_step,
-        }  # fmt: skip
+            "ours": partial(step, "triton"),
+            "step by step": partial(step, False),
+            "GRU": layer_step,
+        }
         time = times(runs)
         case = f"step B{EXAMPLES} L{length} N{STATES} C{CHANNELS} H{HEADS} S{segment}"
         tokens = EXAMPLES * length
