@@ -93,7 +93,7 @@ def test_help_names_the_commands(capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "command: expected one of train, evaluate, bench, info; got nothing"),
+        ([], "command: expected one of train, evaluate, history, bench, info; got nothing"),
         (["trian"], "got 'trian'"),
         (["train"], "train: expected a TASK first, or --config FILE; got neither"),
         (["train", "chess"], "task: expected one of a5, copy, digits, induction, mnist,"),
