@@ -31,7 +31,7 @@ zeros, whole = torch.zeros, torch.tensor
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"backend": "fast"}, "backend must be one of .*'cpu', 'triton', 'reference'.* but is 'fast'"),
+        ({"backend": "fast"}, "backend must be one of .*'triton', 'reference'.* but is 'fast'"),
         ({"routed": zeros(9, 5)}, r"routed must have shape \(rows, 4\), but has \(9, 5\)"),
         ({"key": zeros(7)}, r"key must have shape \(rows, 4\), but has \(7,\)"),
         ({"value": zeros(7, 2, 2)}, r"value must have shape \(rows, 4\), but has \(7, 2, 2\)"),
