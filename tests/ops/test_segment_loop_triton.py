@@ -36,6 +36,11 @@ from nsm_graph.testing import assert_close_to_norm
 HAS_GPU = torch.cuda.is_available()
 INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if HAS_GPU and not INTERPRETS else "cpu"
+#: The interpreter knows float64 at no price; a compiler takes minutes to make it of these kernels.
+EXACT, TOLERANCE = (torch.float64, 1e-10) if DEVICE == "cpu" else (torch.float32, 1e-5)
+if DEVICE == "cuda":
+    # Torch's products are deterministic only with this, and say so in `poisoned_memory`.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 #: Tokens of each example's segments. In the interpreter a segment takes most of a second.
 FEW = [[2, 1], [3]]
 ON_GPU = {"backend": "triton"}
@@ -43,7 +48,7 @@ ON_GPU = {"backend": "triton"}
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 
 
-def a_case(*sizes, dtype=torch.float64, **options):
+def a_case(*sizes, dtype=EXACT, **options):
     """As the oracle's, with few segments, on the device."""
     case = make_case(*sizes, **{"counts": FEW} | options)
     return case.but(
@@ -79,7 +84,7 @@ class TestKernels:
     )
     def test_equals_the_oracle_with_every_gradient(self, sizes, talks, is_shared):
         case = a_case(*sizes, talks=talks, is_shared=is_shared)
-        assert_equals_the_oracle(case, 1e-10, **ON_GPU)
+        assert_equals_the_oracle(case, TOLERANCE, **ON_GPU)
 
     @pytest.mark.parametrize("talks", [True, False])
     def test_float32(self, talks):
@@ -88,27 +93,27 @@ class TestKernels:
 
     def test_ragged_examples_some_of_which_never_read(self):
         case = a_case(3, 12, 2, counts=RAGGED, idle=2, talk_heads=3)
-        assert_equals_the_oracle(case, 1e-10, **ON_GPU)
+        assert_equals_the_oracle(case, TOLERANCE, **ON_GPU)
 
     @asks
     def test_a_loss_may_read_either_result(self, asked):
-        assert_equals_the_oracle(a_case(talks=False), 1e-10, asked, **ON_GPU)
+        assert_equals_the_oracle(a_case(talks=False), TOLERANCE, asked, **ON_GPU)
 
     def test_long_segments_are_read_block_by_block(self, gpu, monkeypatch):
         monkeypatch.setattr(gpu, "MOST_TOKENS", 16)
         case = a_case(counts=[[40, 16], [17]], talks=False, is_shared=False)
-        assert_equals_the_oracle(case, 1e-10, **ON_GPU)
+        assert_equals_the_oracle(case, TOLERANCE, **ON_GPU)
 
     def test_backward_goes_through_any_number_of_steps_at_a_time(self, gpu, monkeypatch):
         counts = [[2, 1, 3, 1], [1, 2, 1], [3]]
         case = a_case(counts=counts)
         wanted, runs = both_of(case)[1], []
         for groups in (1, 4, 5):
-            monkeypatch.setattr(gpu, "CHUNK_BYTES", groups * 14 * 6 * 8 * 5)
+            monkeypatch.setattr(gpu, "CHUNK_BYTES", groups * 14 * 6 * 5 * EXACT.itemsize)
             call = gpu._Call(case.segments, 2, 2)
             own = gpu._name([case.rows[n] for n in ("states", "routed", "key")] + [None] * 15)
             runs.append(gpu._Run(call, own._replace(weights=case.weights))._chunks())
-            assert_close(gradients(case.run(**ON_GPU), case), wanted, 1e-12)
+            assert_close(gradients(case.run(**ON_GPU), case), wanted, TOLERANCE)
         assert runs == [
             [(3, 4), (2, 3), (1, 2), (0, 1)], [(2, 4), (1, 2), (0, 1)], [(1, 4), (0, 1)]
         ]  # fmt: skip
@@ -167,7 +172,7 @@ class TestKernels:
             first = torch.autograd.grad(loss_of(results), given, create_graph=True)
             return dict(zip(case.given, torch.autograd.grad(loss_of(first), given), strict=True))
 
-        assert_close(second(case.run(**ON_GPU), case), second(oracle(exact), exact), 1e-9)
+        assert_close(second(case.run(**ON_GPU), case), second(oracle(exact), exact), 10 * TOLERANCE)
 
     def test_gradients_for_some_inputs_only(self):
         case = a_case(3, 4, 2)
@@ -175,7 +180,7 @@ class TestKernels:
         for names in (["key"], ["gates_bias"]):
             some = case.detached(*names)
             found = torch.autograd.grad(loss_of(some.run(**ON_GPU)), some.given[names[0]])
-            assert_close({names[0]: found[0]}, {names[0]: wanted[names[0]]}, 1e-10)
+            assert_close({names[0]: found[0]}, {names[0]: wanted[names[0]]}, TOLERANCE)
         with torch.no_grad():
             assert not case.run(**ON_GPU)[0].requires_grad
 
@@ -184,7 +189,7 @@ class TestKernels:
         wanted = oracle(case)
         turned = {n: x.detach().t().contiguous().t() for n, x in case.given.items()}
         for a, b in zip(case.but(**turned).run(**ON_GPU), wanted, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+            assert_close_to_norm(a, b, TOLERANCE)
 
     def test_a_step_that_nobody_reads(self):
         case = a_case(3, 4, 2, talks=False)
@@ -194,7 +199,7 @@ class TestKernels:
             **case.rows, segments=segments, weights=case.weights, heads=2, **ON_GPU
         )
         assert_same(results, case.run(**ON_GPU))
-        assert_close(gradients(results, case), gradients(oracle(case), case), 1e-10)
+        assert_close(gradients(results, case), gradients(oracle(case), case), TOLERANCE)
 
     def test_nothing_to_read(self):
         case = a_case(counts=[], idle=2)
