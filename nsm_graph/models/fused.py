@@ -43,17 +43,21 @@ from nsm_graph.ops.segment_loop import (
 )
 from nsm_graph.topology.base import Complete
 
+#: Memories of a scan that a thread holds for backward, of all tokens of one segment, at most.
+SCAN_BYTES = 1 << 26
+
 logger = logging.getLogger("nsm_graph")
 _said: set[str] = set()
 
 
 def why_not_fused(
     cell: StateMachineCell, states: Tensor, *, record: bool = False,
-    bptt_segments: int | None = None, num_states: int | None = None,
+    bptt_segments: int | None = None, num_states: int | None = None, longest: int = 1,
 ) -> str | None:  # fmt: skip
     """Why the loop has to go step by step; None where it need not.
 
-    An example has ``num_states`` states; None for as many as there are slots.
+    An example has ``num_states`` states, None for as many as there are slots, and the longest
+    segment so many tokens.
     """
     if not cell.fuse:
         return "cell.fuse is False"
@@ -85,7 +89,7 @@ def why_not_fused(
         return "a part of the cell was replaced, or a hook watches it"
     if backend == "triton":
         return _why_not_on_a_gpu(cell, states, num_states)
-    return None if cell.scan is None else _why_scan_is_not_fused(cell)
+    return None if cell.scan is None else _why_scan_is_not_fused(cell, states, num_states, longest)
 
 
 def _backend(states: Tensor) -> str | None:
@@ -103,7 +107,9 @@ def _why_not_on_a_gpu(cell: StateMachineCell, states: Tensor, num_states: int | 
     return why_not_triton(states.dtype, num_states, channels, gated, is_lstm=is_lstm)
 
 
-def _why_scan_is_not_fused(cell: StateMachineCell) -> str | None:
+def _why_scan_is_not_fused(
+    cell: StateMachineCell, states: Tensor, num_states: int | None, longest: int
+) -> str | None:
     scan = cell.scan
     if type(scan) is SegmentScan and len(scan.layers) > 1:
         return "later layers of a scan read what earlier ones found"
@@ -116,6 +122,9 @@ def _why_scan_is_not_fused(cell: StateMachineCell) -> str | None:
         return "the gates of the scan's heads are not stretched alike"
     if not _hoists_plainly(cell):
         return "keys or routed sums are not the documented ones, and there is a scan"
+    rows = cell.router.num_states if num_states is None else num_states
+    if 2 * longest * rows * states.size(1) * states.element_size() > SCAN_BYTES:
+        return f"a scan's memories of {longest} tokens would not fit any cache"
     return None
 
 

@@ -48,8 +48,9 @@ def read_sequence(
         cell_states = _reorder(state.cell, plan.example_order, num_states)
     reads: Tensor | None
     reason = why_not_fused(
-        cell, states, record=record is not None, bptt_segments=bptt_segments, num_states=num_states
-    )
+        cell, states, record=record is not None, bptt_segments=bptt_segments,
+        num_states=num_states, longest=plan.relation.sources.max_count,
+    )  # fmt: skip
     if reason is None:
         keep = checkpoint_segments is None
         trace, mass, reads = read_fused(

@@ -265,6 +265,13 @@ def test_other_keys_and_sums_go_step_by_step_with_a_scan(options):
     assert reason_of(make_machine(**options)) is None
 
 
+def test_memories_of_very_long_segments_go_step_by_step(monkeypatch):
+    monkeypatch.setattr(fused, "SCAN_BYTES", 2 * 64 * 3 * 16 * 4)  # of 64 tokens
+    machine = make()
+    assert reason_of(machine, (64, 3), segment_length=64) is None
+    assert "65 tokens would not fit" in reason_of(machine, (3, 65), segment_length=128)
+
+
 def test_whatever_speaks_against_a_machine_without_a_scan():
     assert "float64" in reason_of(make().double())
     assert "not every token has an edge" in reason_of(make(top_k=1))
