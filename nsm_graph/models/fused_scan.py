@@ -52,6 +52,8 @@ def loop_scan(
     convolution = convolution_bias = None
     if scan.convolution is not None:
         convolution, convolution_bias = _of(scan.convolution.lin) or (None, None)
+    if convolution is None:  # nobody looks at the token before
+        tail = None
     return LoopScan(
         x, weight, bias, convolution, convolution_bias, tail, layout=layout, stretch=float(stretch)
     )
