@@ -60,7 +60,7 @@ def train(communication, num_states: int, num_steps: int) -> float:
         return (machine.eval()(x, batch).argmax(1) == y).float().mean().item()
 
 
-def main(num_states: int = 6, num_steps: int = 150) -> None:
+def main(num_states: int = 6, num_steps: int = 100) -> None:
     nodes = topology.NodeSet.from_counts([num_states], x=torch.randn(num_states, 16))
     rules = topologies(num_states)
     print(f"{'topology':18s} edges  diameter  gap    accuracy")

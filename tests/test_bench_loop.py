@@ -17,6 +17,7 @@ def test_the_loop_is_compared_with_machines_that_are_the_same(monkeypatch):
     assert {"LSTM", "GRU", "Transformer"} < {r.peer for r in records if r.case.endswith("S64")}
 
 
+@pytest.mark.slow
 def test_a_machine_by_hand_that_is_another_is_noticed(monkeypatch):
     def wrong(machine, x, num_examples):
         return plain.dense_loop(machine, x.flip(0), num_examples)
@@ -37,6 +38,7 @@ def test_a_public_package_reads_as_many_tokens(name):
     assert any(p.grad is not None for p in module.parameters())
 
 
+@pytest.mark.slow
 def test_packages_are_told_apart_from_what_must_be_equal(monkeypatch):
     layer = torch.nn.Linear(64, 3)
     fake = {"another-package": lambda x, *sizes: (layer, lambda: layer(x))}

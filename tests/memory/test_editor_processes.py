@@ -51,6 +51,7 @@ def run_process(rank, world_size, folder, num_steps):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_same_edits(tmp_path):
     multiprocessing.spawn(run_process, (2, str(tmp_path), 40), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))

@@ -87,6 +87,7 @@ def test_recompiles_at_most_twice_over_batches_of_all_sizes():
     assert counter.frame_count <= 3
 
 
+@pytest.mark.slow
 def test_sizes_of_one_stay_below_the_recompile_limit():
     # Torch compiles sizes of one apart: one example left, one token left, or both.
     machine = make_machine(segment_length=4)

@@ -777,8 +777,7 @@ quiet = pytest.mark.filterwarnings("ignore")
     "scan",
     [
         SCANS["both"],
-        SCANS["layers"],
-        *(pytest.param(SCANS[n], marks=pytest.mark.slow) for n in ("memory", "routed")),
+        *(pytest.param(SCANS[n], marks=pytest.mark.slow) for n in ("layers", "memory", "routed")),
     ],
     ids=["both", "layers", "memory", "routed"],
 )

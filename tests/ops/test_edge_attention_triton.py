@@ -355,6 +355,7 @@ def test_the_kernels_in_the_interpreter():
     assert run.returncode == 0 and re.search(r"\d\d passed", run.stdout), run.stdout + run.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETS, reason="the interpreter is not a compiler")
 @pytest.mark.parametrize(
     ("dtype", "heads", "channels", "columns", "degree", "by_source"),

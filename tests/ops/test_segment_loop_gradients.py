@@ -130,7 +130,11 @@ def test_nobody_wants_gradients():
 
 @talking
 @sharing
-@asks
+@pytest.mark.parametrize(
+    "asked",
+    [(0, 1), *(pytest.param(asked, marks=pytest.mark.slow) for asked in ((0,), (1,)))],
+    ids=["both", "after", "final"],
+)
 def test_first_and_second_derivatives(asked, talks, is_shared):
     counts = [[2, 1], [1]]
     case = make_case(2, 4, 2, counts=counts, talks=talks, is_shared=is_shared)
