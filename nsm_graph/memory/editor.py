@@ -82,12 +82,25 @@ class MemoryEditor:
                 f"{manager.max_states}, the manager's limits, but got {self.min_states} and "
                 f"{self.max_states}"
             )
+        if manager.num_active > self.max_states:
+            raise ValueError(
+                f"max_states={self.max_states}, but {manager.num_active} states are active; prune "
+                f"some first, or allow more"
+            )
+        wrong = [p for p in policies if isinstance(p, type) or not callable(p)]
+        if wrong:
+            raise ValueError(
+                f"a policy is called with a view and gives proposals, but {wrong[0]!r} is none; "
+                f"pass each policy as an argument of its own"
+            )
         self.manager, self.policies = manager, policies
         self.protect, self.cool_down, self.seed, self.on_event = protect, cool_down, seed, on_event
         self.num_steps = 0
         self.events: list[EditEvent] = []
-        #: At which step the state of each slot came by an edit; those of the beginning never did.
-        self._born = torch.full((manager.max_states,), -1 - protect)
+        #: At which step the state of each slot came, and whether an edit brought it.
+        self._born = torch.zeros(manager.max_states, dtype=torch.long)
+        self._is_new = torch.zeros(manager.max_states, dtype=torch.bool)
+        self._num_edits = 0
         self._last_edit: int | None = None
         manager.pool_observations()
 
@@ -105,16 +118,15 @@ class MemoryEditor:
             return []
         events: list[EditEvent] = []
         for policy in self.policies:
-            for proposal in policy(self.view(loss)):
+            for proposal in self._ask(policy, loss):
                 event = self._carry_out(proposal)
-                if event is not None:
-                    events.append(event)
-        self.events += events
-        if events:
-            self._last_edit = self.num_steps
-        for event in events:
-            if self.on_event is not None:
-                self.on_event(event)
+                if event is None:
+                    continue
+                events.append(event)
+                self.events.append(event)
+                self._last_edit = self.num_steps
+                if self.on_event is not None:
+                    self.on_event(event)
         return events
 
     def view(self, loss: Tensor | float | None = None) -> MemoryView:
@@ -131,6 +143,12 @@ class MemoryEditor:
             num_free=self.max_states - slots.numel(),
         )
 
+    def _ask(self, policy: Policy, loss: Tensor | float | None) -> list[Proposal]:
+        proposals = policy(self.view(loss))
+        if isinstance(proposals, list) and all(isinstance(p, Proposal) for p in proposals):
+            return proposals
+        raise ValueError(f"{policy!r} must give a list of proposals, but gave {proposals!r}")
+
     # Carrying out ###############################################################
 
     def _carry_out(self, proposal: Proposal) -> EditEvent | None:
@@ -145,7 +163,7 @@ class MemoryEditor:
         own = slots[kept] if kept.dtype == torch.bool else kept
         manager = self.manager
         with torch.random.fork_rng(_gpus(manager.bank)):
-            torch.manual_seed(hash((self.seed, self.num_steps, len(self.events))) % 2**63)
+            torch.manual_seed(hash((self.seed, self.num_steps, self._num_edits)) % 2**63)
             if kind == "allocate":
                 edit = manager.allocate(int(own))
                 named = edit.fresh_slots
@@ -158,7 +176,8 @@ class MemoryEditor:
                 halves = edit.slots_after[~torch.isin(edit.slots_after, edit.slots_before)]
                 named = torch.stack([own, halves], 1)
         came = edit.slots_after[~torch.isin(edit.slots_after, edit.slots_before)].cpu()
-        self._born[came] = self.num_steps
+        self._born[came], self._is_new[came] = self.num_steps, True
+        self._num_edits += 1
         return EditEvent(
             self.num_steps, kind, named.tolist(), reason,
             None if scores is None else scores.tolist(), manager.num_active, edit,
@@ -175,8 +194,9 @@ class MemoryEditor:
         named = slots.view(len(slots), -1)
         is_there = torch.isin(named, active).all(1)
         if kind != "split":  # states that have just come get their chance
-            age = self.num_steps - self._born.to(slots.device)[named]
-            is_there &= (age >= self.protect).all(1)
+            known = named.masked_fill(~is_there.unsqueeze(1), 0).cpu()
+            is_safe = ~self._is_new[known] | (self.num_steps - self._born[known] >= self.protect)
+            is_there &= is_safe.all(1).to(slots.device)
         limit = room if kind == "split" else spare
         is_there &= is_there.cumsum(0) <= limit
         return is_there if bool(is_there.any()) else None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from nsm_graph.memory.edit import NodeEdit, apply_edit
+from nsm_graph.memory.edit import NodeEdit, apply_edit, slot_tensors
 from nsm_graph.ops.segment import group_sum
 
 
@@ -122,10 +122,13 @@ class StateManager(nn.Module):
     @property
     def slots(self) -> Tensor:
         """The active slots in ascending order, ``[N]``."""
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            return self.active.nonzero().flatten()  # a transform's tensor must not outlive it
         # In-place writes count up a tensor's version, so a stale answer is noticed without looking.
-        key = (self.active, self.active._version)
+        key = (self.active, -1 if self.active.is_inference() else self.active._version)
         if self._slots is None or self._slots[0] is not key[0] or self._slots[1] != key[1]:
-            self._slots = (*key, self.active.nonzero().flatten())
+            with torch.inference_mode(False):  # training will use the answer, too
+                self._slots = (*key, self.active.nonzero().flatten())
         return self._slots[2]
 
     @property
@@ -240,7 +243,11 @@ class StateManager(nn.Module):
             ValueError: If the optimizer does not know the bank.
         """
         known = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if id(self.bank) not in known:
+        needed: list[Tensor] = [self.bank]
+        if not self.bank.requires_grad:  # frozen: anything else that is indexed by slot will do
+            modules = (self, *self._dependents)
+            needed = [tensor for module in modules for _, _, tensor, _ in slot_tensors(module)]
+        if not any(id(tensor) in known for tensor in needed):
             raise ValueError(
                 "the optimizer does not hold the parameter `bank` of this manager; build it from "
                 "the parameters of the same machine"
@@ -311,6 +318,10 @@ class StateManager(nn.Module):
             ValueError: If a slot is not active or stands in two pairs, or fewer than
                 ``min_states`` would be left.
         """
+        if pairs.dim() != 2 or pairs.size(1) != 2:
+            raise ValueError(
+                f"pairs must have shape (K, 2), two slots each, but has {tuple(pairs.shape)}"
+            )
         self._check_active(pairs.flatten(), "merge")
         first, second = pairs.unbind(1)
         stays = ~torch.isin(self.slots, second)
@@ -371,6 +382,10 @@ class StateManager(nn.Module):
         return row
 
     def _check_active(self, slots: Tensor, what: str) -> None:
+        if not isinstance(slots, Tensor) or slots.dim() != 1 or slots.dtype != torch.int64:
+            raise ValueError(
+                f"slots to {what} must be a tensor of int64 numbers, (K,), but are {slots!r}"
+            )
         is_known = torch.isin(slots, self.slots)
         if not bool(is_known.all()) or slots.unique().numel() != slots.numel():
             raise ValueError(
@@ -416,6 +431,8 @@ class StateManager(nn.Module):
         self.active.zero_()
         self.active[after.to(self.active.device)] = True
         self._slots = None
+        if self._pools is not None:  # what was observed before is of other states
+            self._pools = {}
         apply_edit(edit, self.max_states, [self, *self._dependents], self._optimizers)
 
     # Bookkeeping ################################################################
@@ -423,6 +440,7 @@ class StateManager(nn.Module):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._slots = None
+        self._pools = None if self._pools is None else {}
 
     def __getstate__(self) -> dict:
         # A copy has parameters of its own, which the original's optimizers do not hold.

@@ -34,7 +34,7 @@ class MemoryView(NamedTuple):
     slots: Tensor  #: ``[N]``
     states: Tensor  #: ``[N, C]``, rows of the bank
     signals: Mapping[str, Tensor]  #: moving averages by name, ``[N]`` each
-    age: Tensor  #: ``[N]``, edits apart: steps that each state has been there
+    age: Tensor  #: ``[N]``, steps since a state came, of the first ones since the editor did
     num_free: int  #: slots that could be allocated
 
     @property
@@ -93,7 +93,7 @@ class Prune:
         if (self.below is None) == (self.lowest is None):
             raise ValueError("Prune takes exactly one of below= and lowest=")
         given = self.below if self.lowest is None else self.lowest
-        if given is None or given <= 0:
+        if given is None or not given > 0:
             raise ValueError(f"Prune takes a positive number, but is given {given}")
 
     def __call__(self, view: MemoryView) -> list[Proposal]:
@@ -124,6 +124,7 @@ class Merge:
         rows = F.normalize(view.states, dim=1)
         cosine = rows @ rows.T
         cosine = cosine.masked_fill(torch.ones_like(cosine, dtype=torch.bool).triu(), -2.0)
+        cosine = cosine.nan_to_num(-2.0)  # a state that is no number is like no other
         best = int(cosine.argmax())
         first, second = best % len(rows), best // len(rows)
         score = cosine[second, first]
@@ -234,7 +235,8 @@ class OnPlateau:
         self._waited += 1
         if self._waited < self.patience:
             return []
-        self._lowest, self._waited = view.loss, 0
+        is_number = view.loss == view.loss
+        self._lowest, self._waited = view.loss if is_number else float("inf"), 0
         return self.policy(view)
 
 
@@ -242,6 +244,6 @@ def _signal(view: MemoryView, name: str) -> Tensor:
     if name not in view.signals:
         raise ValueError(
             f"the memory does not watch {name!r}, but {', '.join(view.signals)}; ask for it with "
-            f"signals= of StateManager"
+            f"watch= of StateManager"
         )
     return view.signals[name]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -412,9 +413,12 @@ class NeuralStateMachine(nn.Module):
             )
         if reading.mass is not None:
             self._observe_mass(reading.mass, reading.relation)
+        has_tokens = ptr.diff() > 0
         if self.training and "update" in self.manager.decays:
-            self._observe("update", update_norm(state.states, reading.state.states))
-        out, tokens = predict(self.head, self.cell, reading, at, self._watch_gradient)
+            moved = update_norm(state.states, reading.state.states)
+            self._observe_examples("update", moved, has_tokens)
+        watch = partial(self._watch_gradient, has_tokens)
+        out, tokens = predict(self.head, self.cell, reading, at, watch)
         return MachineOutput(out, tokens, reading.state, notes)
 
     def from_hetero(self, data: HeteroData) -> HeteroData:
@@ -449,13 +453,29 @@ class NeuralStateMachine(nn.Module):
             mass, slots = mass[has_tokens], slots[has_tokens]
         self._observe("routing", mass, slots)
 
-    def _watch_gradient(self, states: Tensor) -> None:
+    def _watch_gradient(self, has_tokens: Tensor, states: Tensor) -> None:
         """Feeds what the loss asks of the states that a head reads, once backward knows."""
         if not (self.training and states.requires_grad and "gradient" in self.manager.decays):
             return
         rows = states.detach()
-        states.register_hook(lambda grad: self._observe("gradient", gradient_signal(rows, grad)))
+
+        def observe(grad: Tensor) -> None:
+            signal = gradient_signal(rows, grad)
+            if isinstance(self.head, ExampleHead):
+                self._observe_examples("gradient", signal, has_tokens)
+            else:  # tokens look at states that read them
+                self._observe("gradient", signal)
+
+        states.register_hook(observe)
+
+    def _observe_examples(self, name: str, signal: Tensor, has_tokens: Tensor) -> None:
+        """Feeds what the states of each example say, of those that have tokens."""
+        slots = self.manager.slots.repeat(has_tokens.numel())
+        speaks = has_tokens.to(signal.device).repeat_interleave(self.manager.num_active)
+        self._observe(name, signal[speaks], slots[speaks])
 
     def _observe(self, name: str, signal: Tensor, slots: Tensor | None = None) -> None:
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            return  # a function transform allows no side effects
         if bool(signal.sum().isfinite()):  # a diverged step says nothing; its loss shows it
             self.manager.update_importance(signal, slots, name)

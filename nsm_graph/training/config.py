@@ -244,8 +244,32 @@ class Config:
                 f"memory.every: expected with model.kind=nsm, which has states; got "
                 f"model.kind={self.model.kind}"
             )
+        self._check_memory()
         if len(set(self.compared)) < len(self.compared):
             raise ValueError(f"compare: expected each baseline once; got {self.compare}")
+
+    def _check_memory(self) -> None:
+        """Refuses limits of the memory that the model's states do not fit."""
+        if not self.memory.is_given:
+            return
+        first = self.model.num_states or 0
+        slots = self.model.max_states or first
+        most = slots if self.memory.max_states is None else self.memory.max_states
+        if not first <= most <= slots:
+            raise ValueError(
+                f"memory.max_states: expected {first} to {slots}, from model.num_states to "
+                f"model.max_states; got {most}"
+            )
+        if self.memory.grows and most == first:
+            raise ValueError(
+                f"memory: expected room to grow; got model.num_states={first} and no more slots; "
+                f"set model.max_states"
+            )
+        if self.memory.min_states > first:
+            raise ValueError(
+                f"memory.min_states: expected at most model.num_states={first}; got "
+                f"{self.memory.min_states}"
+            )
 
     @property
     def compared(self) -> list[str]:

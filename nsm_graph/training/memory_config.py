@@ -80,6 +80,11 @@ class MemoryConfig:
         return None if self.signal == "routing" else {self.signal: HORIZON}
 
     @property
+    def grows(self) -> bool:
+        """Whether a rule would add states."""
+        return any(x is not None for x in (self.split_above, self.grow_above, self.plateau))
+
+    @property
     def is_given(self) -> bool:
         return self.every is not None
 

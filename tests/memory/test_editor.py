@@ -1,5 +1,6 @@
 """The editor: policies carried out within limits, on everything that is indexed by slot."""
 
+import copy
 import json
 
 import pytest
@@ -246,6 +247,13 @@ def test_edits_go_on_while_training_goes_on():
         (lambda m: m.signal_ema("surprise"), "watches routing, but not 'surprise'"),
         (lambda m: MemoryEditor(m, min_states=0), "the manager's limits, but got 0 and 6"),
         (lambda m: MemoryEditor(m, max_states=7), "the manager's limits, but got 1 and 7"),
+        (lambda m: MemoryEditor(m, max_states=3), "max_states=3, but 4 states are active"),
+        (lambda m: MemoryEditor(m, [Prune(lowest=1)]), "pass each policy as an argument"),
+        (lambda m: MemoryEditor(m, Prune), "pass each policy as an argument"),
+        (lambda m: MemoryEditor(m, lambda view: None).step(), "a list of proposals, but gave None"),
+        (lambda m: m.merge(torch.tensor([0, 1])), r"pairs must have shape \(K, 2\)"),
+        (lambda m: m.prune(slots=[0]), r"a tensor of int64 numbers, \(K,\), but are \[0\]"),
+        (lambda m: m.split(torch.tensor([0.0])), "a tensor of int64 numbers"),
         (lambda m: MemoryEditor(m, propose("eat", [1])).step(), "a proposal is one of allocate"),
         (lambda m: StateManager(4, 6, watch={"routing": 10}), "other than routing"),
         (lambda m: StateManager(4, 6, watch={"gradient": 0.5}), "horizons of at least 1"),
@@ -266,3 +274,86 @@ def test_no_edit_during_backward():
     with pytest.raises(ValueError, match="during backward; edit between steps"):
         result.out.sum().backward()
     assert model.manager.num_active == 4
+
+
+def test_states_that_come_in_one_step_are_not_alike():
+    manager = StateManager(4, 8, initial_states=2)
+    MemoryEditor(manager, Grow(0.0), Grow(0.0), propose("allocate", 1)).step()
+    rows = manager.bank.detach()[2:5]
+    assert torch.cdist(rows, rows).fill_diagonal_(1.0).min() > 0.01
+
+
+def test_what_was_carried_out_is_told_even_if_a_later_policy_raises():
+    manager, told = StateManager(4, 8, initial_states=2), []
+    editor = MemoryEditor(manager, Grow(0.0), Split(signal="surprise"), on_event=told.append)
+    with pytest.raises(ValueError, match=r"does not watch 'surprise', but routing; .* watch="):
+        editor.step()
+    assert [event.kind for event in told] == [event.kind for event in editor.events] == ["allocate"]
+
+
+def test_an_edit_between_observations_is_not_undone():
+    manager = manager_with([0.3, 0.1, 0.6])
+    MemoryEditor(manager)
+    manager.update_importance(torch.tensor([0.3, 0.1, 0.6]))
+    manager.merge(torch.tensor([[0, 1]]))
+    manager.update_importance(torch.tensor([0.4, 0.6]))
+    assert manager.importance_ema[0].item() == pytest.approx(0.4)
+
+
+def test_examples_without_tokens_say_nothing():
+    torch.manual_seed(0)
+    found = []
+    for batch_size in (1, 4):
+        torch.manual_seed(1)
+        model = machine(watch={"gradient": 1, "update": 1})
+        x = torch.randn(9, 2, generator=torch.Generator().manual_seed(0))
+        out = model.run(x, torch.zeros(9).long(), batch_size=batch_size).out
+        out[0].square().sum().backward()
+        found.append([model.manager.signal_ema(n)[:4] for n in ("update", "gradient")])
+    for one, four in zip(*found, strict=True):
+        torch.testing.assert_close(one, four)
+        assert (one > 0).all()
+
+
+def test_ages_count_from_the_beginning():
+    manager = manager_with([0.25] * 4, initial_states=3)
+    editor = MemoryEditor(manager, propose("allocate", 1), protect=50)
+    editor.step()
+    editor.step()
+    assert editor.view().age.tolist() == [2, 2, 2, 1]
+
+
+def test_a_frozen_bank_registers_an_optimizer_of_the_rest():
+    model, generator = machine(), torch.Generator().manual_seed(0)
+    model.manager.bank.requires_grad_(False)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    model.manager.register_optimizer(optimizer)
+    train_step(model, optimizer, generator)
+    model.manager.prune(lowest=1)
+    assert train_step(model, optimizer, generator).isfinite()
+
+
+@pytest.mark.parametrize("start", [torch.inference_mode, torch.no_grad])
+def test_an_evaluation_first_leaves_training_as_it_is(start):
+    model = machine()
+    for change in (lambda: None, lambda: model.manager.prune(lowest=1)):
+        change()
+        with start():
+            model.eval()(torch.randn(6, 2))
+        model.train()(torch.randn(6, 2)).sum().backward()
+    with torch.inference_mode():
+        assert machine()(torch.randn(6, 2)).shape == (1, 3)
+
+
+def test_function_transforms_leave_nothing_behind():
+    model, x = machine(), torch.randn(6, 2)
+    before = model.manager.importance_ema.clone()
+
+    def loss(parameters):
+        return torch.func.functional_call(model, parameters, (x,)).square().sum()
+
+    grads = torch.func.grad(loss)(dict(model.named_parameters()))
+    assert torch.equal(model.manager.importance_ema, before)
+    copy.deepcopy(model)(x).square().sum().backward()
+    model(x).square().sum().backward()
+    torch.testing.assert_close(grads["manager.bank"], model.manager.bank.grad, rtol=1e-4, atol=1e-5)

@@ -102,6 +102,19 @@ def test_a_plateau_counts_steps_without_a_lower_loss_and_begins_anew():
     assert found == [0, 0, 0, 1, 0, 0, 0, 1]
 
 
+def test_what_is_no_number_decides_nothing():
+    nan = float("nan")
+    rows = [[1.0, 0.0], [nan, 0.0], [1.0, 0.1]]
+    (proposal,) = Merge(above=0.9)(view_of([0.3] * 3, rows))
+    assert proposal.slots.tolist() == [[0, 2]]
+    assert Merge(above=0.9)(view_of([0.5] * 2, rows[:2])) == []
+    policy = OnPlateau(1, lambda view: [Proposal("allocate", torch.tensor(1), "so")])
+    found = [len(policy(view_of([1.0], loss=loss))) for loss in (1.0, nan, 0.9, 0.8, 0.7)]
+    assert found == [0, 1, 0, 0, 0]
+    with pytest.raises(ValueError, match="positive number, but is given nan"):
+        Prune(below=nan)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

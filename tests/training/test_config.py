@@ -143,3 +143,21 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_examples_are_valid(path):
     parse(config_parser("test", ""), ["--config", str(path)])
+
+
+@pytest.mark.parametrize(
+    ("model", "memory", "message"),
+    [
+        ({}, {"every": 2, "grow_above": 0.5}, "expected room to grow; .* set model.max_states"),
+        ({"max_states": 8}, {"every": 2, "prune_below": 0.5, "max_states": 2}, "expected 4 to 8"),
+        ({}, {"every": 2, "prune_below": 0.5, "max_states": 9}, "memory.max_states: expected 4"),
+        ({}, {"every": 2, "prune_below": 0.5, "min_states": 5}, "memory.min_states: expected at"),
+        ({}, {"every": 2}, "memory.every: expected together with one of prune_below"),
+        ({}, {"prune_below": 0.5}, "memory.every: expected together with"),
+        ({}, {"every": 2, "prune_below": 0.5, "signal": "hope"}, "memory.signal: expected one of"),
+    ],
+)
+def test_memory_errors(model, memory, message):
+    values = {"model": NSM | {"segment_length": 4} | model, "train": {"epochs": 1}}
+    with pytest.raises(ValueError, match=message):
+        Config.from_dict({**values, "memory": memory})
