@@ -263,7 +263,7 @@ class Power(Operation):
     """An edge to every node at most k steps away."""
 
     def __init__(self, rule: Topology, k: int) -> None:
-        if k < 1:
+        if not isinstance(k, int) or k < 1:
             raise ValueError(f"power(k) takes 1 to k steps, but k is {k}; use k >= 1")
         super().__init__(rule)
         self.rule, self.k = rule, k

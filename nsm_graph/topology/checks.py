@@ -10,8 +10,10 @@ from nsm_graph.topology.node_set import NodeSet
 
 def at_least(rule: str, name: str, value: int, least: int) -> None:
     """Raises unless an argument is an integer of at least so much."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{rule} needs {name} >= {least}, but {name} is {value!r}")
+    is_integer = isinstance(value, int) and not isinstance(value, bool)
+    if not is_integer or value < least:
+        end = "" if is_integer else ", no integer"
+        raise ValueError(f"{rule} needs {name} >= {least}, but {name} is {value!r}{end}")
 
 
 def show_rows(values: Tensor, is_wrong: Tensor) -> str:

@@ -67,6 +67,13 @@ def from_adjacency(adjacency: Any, *, weights: bool = False) -> Topology:
             f"from_adjacency needs a matrix with at least one row and column, but got shape "
             f"{tuple(matrix.shape)}"
         )
+    is_nan = matrix.isnan()
+    if bool(is_nan.any()):
+        row, column = is_nan.nonzero()[0].tolist()
+        raise ValueError(
+            f"from_adjacency cannot tell whether NaN is an edge: {int(is_nan.sum())} entries are, "
+            f"the first at row {row}, column {column}"
+        )
     edge_index = matrix.nonzero().T
     attr = matrix[edge_index[0], edge_index[1]] if weights else None
     num_src, num_dst = matrix.shape

@@ -58,7 +58,7 @@ def torus(*shape: int) -> Topology:
 class Ring(Pattern):
     def __init__(self, k: int) -> None:
         super().__init__()
-        if k < 1:
+        if not isinstance(k, int) or k < 1:
             raise ValueError(f"ring(k) joins the k nodes on either side, but k is {k}; use k >= 1")
         self.k = k
 

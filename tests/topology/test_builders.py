@@ -378,7 +378,10 @@ def test_wrong_k(k):
     ("make", "message"),
     [
         (lambda: topology.band(-1), r"band\(width\) needs width >= 0, but width is -1"),
-        (lambda: topology.window(1.5), "needs width >= 0, but width is 1.5"),
+        (lambda: topology.window(1.5), "needs width >= 0, but width is 1.5, no integer"),
+        (lambda: topology.ring(1.5), "but k is 1.5"),
+        (lambda: topology.ring(1).power(1.5), "but k is 1.5"),
+        (lambda: topology.from_adjacency([[0.0, float("nan")]]), "the first at row 0, column 1"),
         (lambda: topology.dilated(1, 0), r"dilated\(.*needs dilation >= 1, but dilation is 0"),
         (lambda: topology.blocks(0), r"blocks\(num_blocks\) needs num_blocks >= 1"),
         (lambda: topology.blocks(), "exactly one of num_blocks and by=, but got None and None"),
