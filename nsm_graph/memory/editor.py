@@ -155,42 +155,44 @@ class MemoryEditor:
         kind, slots, reason, scores = proposal
         if kind not in KINDS:
             raise ValueError(f"a proposal is one of {', '.join(KINDS)}, but is {kind!r}")
-        kept = self._within_limits(kind, slots)
-        if kept is None:
-            return None
-        if scores is not None and kept.dtype == torch.bool:
-            scores = scores[kept]
-        own = slots[kept] if kept.dtype == torch.bool else kept
         manager = self.manager
+        if kind == "allocate":
+            own = slots.clamp(max=self.max_states - manager.num_active)
+            if int(own) < 1:
+                return None
+        else:
+            stays = self._within_limits(kind, slots)
+            if not bool(stays.any()):
+                return None
+            own, scores = slots[stays], None if scores is None else scores[stays]
         with torch.random.fork_rng(_gpus(manager.bank)):
             torch.manual_seed(hash((self.seed, self.num_steps, self._num_edits)) % 2**63)
             if kind == "allocate":
                 edit = manager.allocate(int(own))
-                named = edit.fresh_slots
             elif kind == "prune":
-                edit, named = manager.prune(slots=own), own
+                edit = manager.prune(slots=own)
             elif kind == "merge":
-                edit, named = manager.merge(own), own
+                edit = manager.merge(own)
             else:
                 edit = manager.split(own)
-                halves = edit.slots_after[~torch.isin(edit.slots_after, edit.slots_before)]
-                named = torch.stack([own, halves], 1)
-        came = edit.slots_after[~torch.isin(edit.slots_after, edit.slots_before)].cpu()
-        self._born[came], self._is_new[came] = self.num_steps, True
+        came = edit.slots_after[~torch.isin(edit.slots_after, edit.slots_before)]
+        named = own
+        if kind == "allocate":
+            named = came
+        elif kind == "split":
+            named = torch.stack([own, came], 1)
+        self._born[came.cpu()], self._is_new[came.cpu()] = self.num_steps, True
         self._num_edits += 1
         return EditEvent(
             self.num_steps, kind, named.tolist(), reason,
             None if scores is None else scores.tolist(), manager.num_active, edit,
         )  # fmt: skip
 
-    def _within_limits(self, kind: str, slots: Tensor) -> Tensor | None:
-        """Which of the slots or pairs an edit may concern, or how many; None for no edit."""
+    def _within_limits(self, kind: str, slots: Tensor) -> Tensor:
+        """Which of the slots or pairs an edit may concern, ``[K]``."""
         active = self.manager.slots
         room = self.max_states - active.numel()
         spare = active.numel() - self.min_states
-        if kind == "allocate":
-            count = min(int(slots), room)
-            return torch.tensor(count) if count > 0 else None
         named = slots.view(len(slots), -1)
         is_there = torch.isin(named, active).all(1)
         if kind != "split":  # states that have just come get their chance
@@ -198,8 +200,7 @@ class MemoryEditor:
             is_safe = ~self._is_new[known] | (self.num_steps - self._born[known] >= self.protect)
             is_there &= is_safe.all(1).to(slots.device)
         limit = room if kind == "split" else spare
-        is_there &= is_there.cumsum(0) <= limit
-        return is_there if bool(is_there.any()) else None
+        return is_there & (is_there.cumsum(0) <= limit)
 
     def _average_over_processes(self) -> None:
         if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
