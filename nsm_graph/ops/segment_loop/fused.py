@@ -20,16 +20,13 @@ from nsm_graph.ops.hoist.inputs import HoistWeights
 from nsm_graph.ops.segment_loop import cpu, reference
 from nsm_graph.ops.segment_loop.inputs import LoopSegments, LoopWeights, TokenResults
 from nsm_graph.ops.segment_loop.parameters import turn, turn_back
-from nsm_graph.ops.segment_loop.scan import LoopScan
+from nsm_graph.ops.segment_loop.scan import NUM_TENSORS, LoopScan
 from nsm_graph.ops.segment_loop.scan_run import ScanRun
 
 #: Bytes of one step's activations that a thread works on: they are to stay in its cache.
 STEP_BYTES = 1 << 19
 #: Examples that a thread takes at a time, at most.
 MOST_EXAMPLES = 4
-
-#: Tensors of a :class:`LoopScan`.
-SCAN_TENSORS = 6
 
 #: Where a backward's steps were kept, for the next forward that has room in it: the largest.
 _spare: dict[torch.dtype, np.ndarray] = {}
@@ -54,7 +51,7 @@ def segment_loop(
 ) -> tuple[Tensor, ...]:
     """States after every step and after each example's last, and an LSTM's last cell."""
     values = None if key is value else value
-    given = [states, cell, routed, key, values, *[None] * 9, *weights, *[None] * SCAN_TENSORS]
+    given = [states, cell, routed, key, values, *[None] * 9, *weights, *[None] * NUM_TENSORS]
     after, final, _, final_cell, _ = _apply(given, segments, None, heads, talk_heads, keep)
     results = (after, final, final_cell)
     return tuple(x for x in results if x is not None)
@@ -74,9 +71,9 @@ def token_loop(
     scan: LoopScan | None,
 ) -> TokenResults:
     """The same of tokens."""
-    scanned: list[Tensor | None] = [None] * SCAN_TENSORS if scan is None else list(scan[:-2])
+    scanned: list[Tensor | None] = [None] * NUM_TENSORS if scan is None else list(scan.tensors)
     given = [states, cell, None, None, None, x, *projections, *weights, *scanned]
-    options = None if scan is None else scan[-2:]
+    options = None if scan is None else (scan.layout, scan.stretch)
     results: Any = _apply(given, segments, first, heads, talk_heads, keep, options)
     return TokenResults(*results)
 
@@ -123,11 +120,11 @@ class _Given(NamedTuple):
 
 def _name(call: _Call, given: Any) -> _Given:
     states, cell, routed, key, value, x = given[:6]
-    projections, weights = HoistWeights(*given[6:14]), LoopWeights(*given[14:-SCAN_TENSORS])
+    projections, weights = HoistWeights(*given[6:14]), LoopWeights(*given[14:-NUM_TENSORS])
     scan = None
     if call.scan is not None:
         layout, stretch = call.scan
-        x_scan, weight, bias, convolution, its_bias, tail = given[-SCAN_TENSORS:]
+        x_scan, weight, bias, convolution, its_bias, tail = given[-NUM_TENSORS:]
         scan = LoopScan(x_scan, weight, bias, convolution, its_bias, tail, layout, stretch)
     return _Given(states, cell, routed, key, value, x, projections, weights, scan)
 
@@ -313,7 +310,7 @@ class _Run:
         tokens = self._tokens(self._empty(0))
         d_x = make_token_grads(self.x, self.num_tokens, self.dtype)
         token_grads = [self._token_grads(tokens, d_x.numpy()) for _ in self.chunks]
-        scan = self.scan.given(self.scan.make_reads(self.num_tokens).numpy())
+        scan = self.scan.given(self.scan.no_reads())  # they were read in forward
         scan_grads = self.scan.make_grads(len(self.chunks), self.num_tokens, d_reads)
         calls = [
             (
@@ -339,7 +336,7 @@ class _Run:
             return [*before, None, None, None, d_x, *projections, *found, *scanned]
         key, value, routed = map(torch.from_numpy, d_rows)
         rows = [routed, key, None if self.is_shared else value]
-        return [*before, *rows, None, *[None] * 8, *found, *[None] * SCAN_TENSORS]
+        return [*before, *rows, None, *[None] * 8, *found, *[None] * NUM_TENSORS]
 
     def _like_rows(self) -> cpu.Rows:
         key, value, routed = (self._empty(*x.shape) for x in self.rows)

@@ -31,9 +31,19 @@ class LoopScan(NamedTuple):
     stretch: float  #: of the gates
 
     @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """What has gradients, in the order above."""
+        parameters = (self.weight, self.bias, self.convolution, self.convolution_bias)
+        return (self.x, *parameters, self.tail)
+
+    @property
     def channels(self) -> int:
         """Channels of what a token reads."""
         return (self.layout.transition + self.layout.memory) * self.layout.width
+
+
+#: Tensors of a :class:`LoopScan`, which stand first.
+NUM_TENSORS = LoopScan._fields.index("layout")
 
 
 def check_scan(

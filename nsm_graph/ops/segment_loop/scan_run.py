@@ -14,7 +14,7 @@ from nsm_graph.ops.delta_scan.cpu.arrays import Layout, Memories, Projection, St
 from nsm_graph.ops.delta_scan.cpu.columns import ROWS
 from nsm_graph.ops.hoist.fused import make_token_grads
 from nsm_graph.ops.segment_loop.cpu.scan import Scan, ScanGrads, ScanScratch
-from nsm_graph.ops.segment_loop.scan import LoopScan
+from nsm_graph.ops.segment_loop.scan import NUM_TENSORS, LoopScan
 
 #: No heads, no columns.
 NO_SCAN: Layout = make_layout(0, 0, 0, 0, 0, False, False, 0)
@@ -48,6 +48,10 @@ class ScanRun:
         num_rows = num_tokens if self.layout.reads > 0 else 0
         return torch.empty(num_rows, self.channels, dtype=self.dtype)
 
+    def no_reads(self) -> np.ndarray:
+        """Where nobody asks for what tokens read, or for its gradient."""
+        return arrays.empty(self.dtype, 0, self.channels)
+
     def record_widths(self, channels: int) -> tuple[int, int, int, int]:
         """What a step keeps: numbers of a state, and of a token, array by array."""
         if self.scan is None:
@@ -68,17 +72,16 @@ class ScanRun:
         turned = [_place(pair, False) for pair in pairs]
         d_x = make_token_grads(self.x, num_tokens, self.dtype).numpy()
         d_tail = np.zeros_like(self.tail)
-        given = torch.empty(0, self.channels, dtype=self.dtype) if d_reads is None else d_reads
+        given = self.no_reads() if d_reads is None else arrays.array(d_reads)
         grads = []
         for _ in range(num_threads):
             convolution, weights = (self._zeros_like(pair) for pair in pairs)
-            shared = (d_x, d_tail, arrays.array(given))
-            grads.append(ScanGrads(turned[0], turned[1], convolution, weights, *shared))
+            grads.append(ScanGrads(turned[0], turned[1], convolution, weights, d_x, d_tail, given))
         return grads
 
     def total(self, grads: list[ScanGrads]) -> list[Tensor | None]:
         """The gradients of all of :class:`LoopScan`'s tensors; sums over threads."""
-        found: list[Tensor | None] = [None] * 6
+        found: list[Tensor | None] = [None] * NUM_TENSORS
         if self.scan is None:
             return found
         found[0] = torch.from_numpy(grads[0].x)
@@ -132,8 +135,8 @@ class ScanRun:
             held=zeros(holding, longest + 1, *held),
             state_errors=zeros(heads, longest * layout.reflections, across),
             held_errors=zeros(holding, longest, along),
-            d_states=zeros(heads, *state),
-            d_held=zeros(holding, *held),
+            d_states=zeros(heads, 1, *state),
+            d_held=zeros(holding, 1, *held),
             slopes=zeros(most),
             numbers=zeros(most),
             line=zeros(most),

@@ -70,8 +70,8 @@ class Memories(NamedTuple):
     held: Array  #: [M, tokens + 1, N, D]
     state_errors: Array  #: [T, tokens R, N]
     held_errors: Array  #: [M, tokens, D]
-    d_states: Array  #: [T, D, N]
-    d_held: Array  #: [M, N, D]
+    d_states: Array  #: [T, 1, D, N]
+    d_held: Array  #: [M, 1, N, D]
     slopes: Array  #: [max(N, D)], a correction's error, of gradients
     numbers: Array  #: [max(N, D)], one for each row
     line: Array  #: [max(N, D)], one for each column

@@ -7,16 +7,10 @@ from __future__ import annotations
 
 import numba
 
-from nsm_graph.ops.cpu import vectors
 from nsm_graph.ops.cpu.compiled import INLINE, INNER
+from nsm_graph.ops.cpu.rows import add, copy
 from nsm_graph.ops.delta_scan.cpu import columns
-from nsm_graph.ops.delta_scan.cpu.forward import slots_of
-
-
-@numba.njit(**INLINE)
-def _add(total, row, factor):  # type: ignore[no-untyped-def]
-    for j in range(total.shape[0]):
-        total[j] += factor * row[j]
+from nsm_graph.ops.delta_scan.cpu.forward import load, slots_of, store
 
 
 @numba.njit(**INLINE)
@@ -27,22 +21,20 @@ def _reads_backward(layout, steps, memories, token, row, d_reads):  # type: igno
     after = slots_of(layout) * (token + 1)
     for head in range(layout.transition):
         slope = d_reads[row, head * width : (head + 1) * width]
-        d_memory = memories.d_states[head]
+        d_memory = memories.d_states[head, 0]
         if layout.reads == 1:
             columns.decay_and_write(d_memory, d_memory, one, one, slope, memories.mean)
         else:
             columns.decay_and_write(d_memory, d_memory, one, one, slope, steps.weights[row])
             columns.combine(memories.line, slope, memories.states[head, after])
-            _add(steps.d_weights[row, :size], memories.line, one)
+            add(steps.d_weights[row, :size], memories.line)
     for head in range(layout.memory):
         place, query = (layout.transition + head) * width, layout.query + head * size
         memories.line[:] = one - one
-        _add(memories.line[:width], d_reads[row, place : place + width], one)
+        copy(memories.line[:width], d_reads[row, place : place + width])
         columns.contract(memories.numbers, memories.held[head, token + 1], memories.line)
-        target = steps.d_rows[row, query : query + size]
-        for j in range(size):
-            target[j] = memories.numbers[j]
-        d_memory = memories.d_held[head]
+        copy(steps.d_rows[row, query : query + size], memories.numbers)
+        d_memory = memories.d_held[head, 0]
         columns.decay_and_write(
             d_memory, d_memory, one, one, numbers[query : query + size], memories.line
         )
@@ -52,10 +44,10 @@ def _reads_backward(layout, steps, memories, token, row, d_reads):  # type: igno
 def _write_backward(layout, steps, memories, token, row):  # type: ignore[no-untyped-def]
     """Of what a token wrote, and of its decay."""
     numbers, d_numbers, width = steps.rows[row], steps.d_rows[row], layout.width
-    zero = numbers.dtype.type(0)
+    one, zero = numbers.dtype.type(1), numbers.dtype.type(0)
     corrected = slots_of(layout) * token + 1
     for head in range(layout.transition):
-        d_memory = memories.d_states[head]
+        d_memory = memories.d_states[head, 0]
         if layout.writes:
             place, share = layout.value + head * width, numbers[layout.write + head]
             value, d_value = numbers[place : place + width], d_numbers[place : place + width]
@@ -63,7 +55,8 @@ def _write_backward(layout, steps, memories, token, row):  # type: ignore[no-unt
             columns.mix(d_value, memories.numbers, share, value, zero)
             d_numbers[layout.write + head] = columns.dot(value, memories.numbers)
             columns.combine(memories.line, value, d_memory)
-            _add(steps.d_weights[row, : layout.num_states], memories.line, share)
+            d_weights = steps.d_weights[row, : layout.num_states]
+            columns.mix(d_weights, d_weights, one, memories.line, share)
         if layout.decays:
             own = d_memory[:width]
             found = memories.states[head, corrected]
@@ -84,7 +77,7 @@ def _compose_backward(layout, steps, memories, token, row):  # type: ignore[no-u
     first = slots_of(layout) * token
     for r in range(reflections - 1, -1, -1):
         for head in range(layout.transition):
-            d_memory, found = memories.d_states[head], memories.states[head, first]
+            d_memory, found = memories.d_states[head, 0], memories.states[head, first]
             errors = memories.state_errors[head, token * reflections : (token + 1) * reflections]
             place = head * reflections + r
             key = numbers[place * width : (place + 1) * width]
@@ -108,7 +101,7 @@ def _recall_backward(layout, steps, memories, token, row):  # type: ignore[no-un
     numbers, d_numbers = steps.rows[row], steps.d_rows[row]
     width, size, slopes = layout.width, layout.num_states, memories.slopes
     for head in range(layout.memory):
-        d_memory, errors = memories.d_held[head], memories.held_errors[head, token]
+        d_memory, errors = memories.d_held[head, 0], memories.held_errors[head, token]
         place = layout.memory_key + head * size
         key, d_key = numbers[place : place + size], d_numbers[place : place + size]
         beta = numbers[layout.memory_beta + head]
@@ -132,41 +125,19 @@ def scan_backward(layout, steps, memories, d_after, d_before, first, count, d_re
     ``memories`` are those that :func:`scan` has just left. Adds to ``steps.d_weights``. Both state
     gradients may be one array. Without ``d_reads`` (no rows) nobody asked for what was read.
     """
-    width, size = layout.width, layout.num_states
     # What stands behind them as well: an example before, of no numbers, may have left its own.
     memories.d_states[:] = memories.d_states.dtype.type(0)
     memories.d_held[:] = memories.d_held.dtype.type(0)
-    for head in range(layout.transition):
-        own = d_after[:, head * width : (head + 1) * width]
-        vectors.transpose(memories.d_states[head], own)
-    for head in range(layout.memory):
-        place = (layout.transition + head) * width
-        for n in range(size):
-            source, target = d_after[n, place : place + width], memories.d_held[head, n]
-            for j in range(width):
-                target[j] = source[j]
+    load(layout, memories.d_states, memories.d_held, 0, d_after)
     for token in range(count - 1, -1, -1):
         row = first + token
         if d_reads.shape[0] > 0:
             _reads_backward(layout, steps, memories, token, row, d_reads)
         else:
-            queries = slice(layout.query, layout.query + layout.memory * size)
+            queries = slice(layout.query, layout.query + layout.memory * layout.num_states)
             steps.d_rows[row, queries] = steps.d_rows.dtype.type(0)
         if slots_of(layout) > 1:
             _write_backward(layout, steps, memories, token, row)
         _compose_backward(layout, steps, memories, token, row)
         _recall_backward(layout, steps, memories, token, row)
-    for head in range(layout.transition):
-        out = d_before[:, head * width : (head + 1) * width]
-        vectors.transpose(out, memories.d_states[head, :width, :size])
-    place = layout.transition * width
-    rest = place + layout.memory * width
-    for n in range(size):
-        for head in range(layout.memory):
-            source = memories.d_held[head, n]
-            target = d_before[n, place + head * width : place + (head + 1) * width]
-            for j in range(width):
-                target[j] = source[j]
-        source, target = d_after[n, rest:], d_before[n, rest:]
-        for j in range(target.shape[0]):
-            target[j] = source[j]
+    store(layout, d_before, memories.d_states, 0, memories.d_held, 0, d_after)

@@ -6,6 +6,7 @@ import numba
 
 from nsm_graph.ops.cpu import vectors
 from nsm_graph.ops.cpu.compiled import INLINE, INNER
+from nsm_graph.ops.cpu.rows import copy
 from nsm_graph.ops.delta_scan.cpu import columns
 
 
@@ -45,13 +46,11 @@ def _compose(layout, steps, memories, token, row, reads):  # type: ignore[no-unt
             columns.decay_and_write(
                 memory[after], memory[corrected], decay, share, value, steps.weights[row]
             )
-    if layout.reads > 0:
+    if reads.shape[0] > 0:
         for head in range(layout.transition):
             along = memories.mean if layout.reads == 1 else steps.weights[row]
             columns.contract(memories.numbers, memories.states[head, after], along)
-            out = reads[row, head * width : (head + 1) * width]
-            for j in range(width):
-                out[j] = memories.numbers[j]
+            copy(reads[row, head * width : (head + 1) * width], memories.numbers)
 
 
 @numba.njit(**INLINE)
@@ -61,22 +60,46 @@ def _recall(layout, steps, memories, token, row, reads):  # type: ignore[no-unty
     line = memories.line
     for head in range(layout.memory):
         memory = memories.held[head]
-        given = numbers[layout.memory_value + head * width :]
         line[:] = line.dtype.type(0)  # what stands behind must not come near a memory
-        for j in range(width):
-            line[j] = given[j]
+        copy(line[:width], numbers[layout.memory_value + head * width :])
         key = numbers[layout.memory_key + head * size : layout.memory_key + (head + 1) * size]
         columns.correct_to(
             memory[token + 1], memories.held_errors[head, token], memory[token], key,
             numbers[layout.memory_beta + head], line,
         )  # fmt: skip
-        if layout.reads > 0:
+        if reads.shape[0] > 0:
             query = numbers[layout.query + head * size : layout.query + (head + 1) * size]
             columns.combine(line, query, memory[token + 1])
             place = (layout.transition + head) * width
-            out = reads[row, place : place + width]
-            for j in range(width):
-                out[j] = line[j]
+            copy(reads[row, place : place + width], line)
+
+
+@numba.njit(**INNER)
+def load(layout, states, held, first, rows):  # type: ignore[no-untyped-def]
+    """Slot ``first`` of the memories, from an example's rows, ``[N, C]``."""
+    width = layout.width
+    for head in range(layout.transition):
+        own = rows[:, head * width : (head + 1) * width]
+        vectors.transpose(states[head, first], own)
+    for head in range(layout.memory):
+        place = (layout.transition + head) * width
+        for n in range(layout.num_states):
+            copy(held[head, first, n, :width], rows[n, place : place + width])
+
+
+@numba.njit(**INNER)
+def store(layout, rows, states, last, held, last_held, others):  # type: ignore[no-untyped-def]
+    """An example's rows from these slots; channels that no head owns from ``others``."""
+    width, size = layout.width, layout.num_states
+    for head in range(layout.transition):
+        out = rows[:, head * width : (head + 1) * width]
+        vectors.transpose(out, states[head, last, :width, :size])
+    rest = (layout.transition + layout.memory) * width
+    for n in range(size):
+        for head in range(layout.memory):
+            place = (layout.transition + head) * width
+            copy(rows[n, place : place + width], held[head, last_held, n])
+        copy(rows[n, rest:], others[n, rest:])
 
 
 @numba.njit(**INNER)
@@ -84,32 +107,11 @@ def scan(layout, steps, memories, after, before, first, count, reads):  # type: 
     """``count`` tokens of one example, from row ``first`` on: its states ``[N, C]`` after them.
 
     Leaves in ``memories`` what backward needs. Channels that no head of the scan owns are copied.
+    Without ``reads`` (no rows) nobody asks for what is read.
     """
-    width, size = layout.width, layout.num_states
-    for head in range(layout.transition):
-        own = before[:, head * width : (head + 1) * width]
-        vectors.transpose(memories.states[head, 0], own)
-    for head in range(layout.memory):
-        place = (layout.transition + head) * width
-        for n in range(size):
-            source, target = before[n, place : place + width], memories.held[head, 0, n]
-            for j in range(width):
-                target[j] = source[j]
+    load(layout, memories.states, memories.held, 0, before)
     for token in range(count):
         _compose(layout, steps, memories, token, first + token, reads)
         _recall(layout, steps, memories, token, first + token, reads)
     last = slots_of(layout) * count
-    for head in range(layout.transition):
-        out = after[:, head * width : (head + 1) * width]
-        vectors.transpose(out, memories.states[head, last, :width, :size])
-    place = layout.transition * width
-    rest = place + layout.memory * width
-    for n in range(size):
-        for head in range(layout.memory):
-            source = memories.held[head, count, n]
-            target = after[n, place + head * width : place + (head + 1) * width]
-            for j in range(width):
-                target[j] = source[j]
-        source, target = before[n, rest:], after[n, rest:]
-        for j in range(target.shape[0]):
-            target[j] = source[j]
+    store(layout, after, memories.states, last, memories.held, count, before)

@@ -8,6 +8,7 @@ import numpy as np
 from nsm_graph.ops.cpu import vectors
 from nsm_graph.ops.cpu.compiled import INLINE, INNER
 from nsm_graph.ops.cpu.matmul import add_product, affine
+from nsm_graph.ops.cpu.rows import add_columns
 from nsm_graph.ops.delta_scan.cpu import columns
 
 #: Squares of rows that are shorter or longer than this may leave what the precision holds.
@@ -85,9 +86,8 @@ def steps_backward(layout, w, turned, grads, stretch, steps, inverse, x, d_x):  
             gate = (gates[j] + stretch) / scale
             slope = scale * gate * (one - gate) * slopes[j]
             slopes[j] = slope if zero < gates[j] < one else zero
-        for j in range(layout.num_columns):
-            grads.bias[j] += d_row[j]
     d_rows = steps.d_rows[: x.shape[0], : layout.num_columns]
+    add_columns(grads.bias, d_rows, 0)
     add_product(grads.weight, x.T, d_rows)
     d_x[:] = zero
     add_product(d_x, d_rows, turned.weight)

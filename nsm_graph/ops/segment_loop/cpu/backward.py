@@ -372,8 +372,9 @@ def backward_kernel(
                 t, made, scratch, grads, found, key, value, d_key, d_value, d_routed,
                 ptr, group, count, num_states, heads, is_shared,
             )  # fmt: skip
-            scratch.hoist.d_weights[:] = zero
-            if scan.x.shape[0] > 0:
+            if scan.x.shape[0] == 0:
+                scratch.hoist.d_weights[:] = zero
+            else:
                 scan_block_backward(
                     scan, d_scan, scratch.scan, scratch.hoist.d_weights, tokens.first, segments,
                     block, before, d_state,
