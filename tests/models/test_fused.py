@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 from two_ways import (
     assert_is_right,
+    assert_is_right_after_edits,
     assert_same,
     both_ways,
     in_one_kernel,
@@ -135,17 +136,7 @@ def test_a_stream_equals_the_whole(cell, checkpoint_segments):
 def test_after_edits_of_the_node_set(cell, checkpoint_segments):
     options = {"cell": cell, "checkpoint_segments": checkpoint_segments}
     machine = make_machine(max_states=5, **options)
-    assert_is_right(machine)
-    state = run(machine, torch.randn(8, 3), [5, 3]).state.detach()
-    manager = machine.manager
-    for change, num_states in (
-        (lambda: manager.allocate(2), 5),
-        (lambda: manager.prune(lowest=3), 2),
-    ):
-        state = state.edit(change(), manager).detach()
-        assert state.states.size(0) == 2 * num_states
-        assert_is_right(machine)
-        assert_is_right(machine, (4, 2), state=state)
+    assert_is_right_after_edits(machine)
 
 
 def test_dropout_and_importance_in_training():

@@ -9,6 +9,7 @@ from small_machines import make_machine, run
 from torch.nn.utils import parametrizations
 from two_ways import (
     assert_is_right,
+    assert_is_right_after_edits,
     assert_same,
     both_ways,
     in_one_kernel,
@@ -92,17 +93,7 @@ def test_segments_of_any_length(head, segment_length):
 @pytest.mark.parametrize("head", ["example", "token"])
 def test_after_edits_of_the_node_set(head, name):
     machine = make(SCANS[name], max_states=5, num_states=3, head=head)
-    assert_is_right(machine)
-    state = run(machine, torch.randn(8, 3), [5, 3]).state.detach()
-    manager = machine.manager
-    for change, num_states in (
-        (lambda: manager.allocate(2), 5),
-        (lambda: manager.prune(lowest=3), 2),
-    ):
-        state = state.edit(change(), manager).detach()
-        assert state.states.size(0) == 2 * num_states
-        assert_is_right(machine)
-        assert_is_right(machine, (4, 2), state=state)
+    assert_is_right_after_edits(machine)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3])

@@ -105,6 +105,21 @@ def assert_is_right(machine, counts=(5, 0, 7, 2), state=None, **options):
     assert_same(actual, wanted)
 
 
+def assert_is_right_after_edits(machine):
+    """The same of a machine of three states and five slots after it grew, and after it shrank."""
+    assert_is_right(machine)
+    state = run(machine, torch.randn(8, 3), [5, 3]).state.detach()
+    manager = machine.manager
+    for change, num_states in (
+        (lambda: manager.allocate(2), 5),
+        (lambda: manager.prune(lowest=3), 2),
+    ):
+        state = state.edit(change(), manager).detach()
+        assert state.states.size(0) == 2 * num_states
+        assert_is_right(machine)
+        assert_is_right(machine, (4, 2), state=state)
+
+
 def reason_of(machine, counts=(5, 0, 7), **options):
     """Why the machine does not read in one kernel; None where it does."""
     x = torch.randn(sum(counts), 3, dtype=machine.manager.bank.dtype)
