@@ -1,0 +1,1 @@
+"""The Transformer as pages, deltas and a shadow graph."""
