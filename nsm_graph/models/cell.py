@@ -20,6 +20,7 @@ from nsm_graph.nn import (
     Propagated,
     RelativePosition,
     RotaryPosition,
+    StateAllocator,
     StateCommunication,
     StatePropagator,
     StateSnap,
@@ -121,6 +122,8 @@ class StateMachineCell(nn.Module):
         routing_reduce: ``"sum"`` or ``"mean"``.
         separate_values: Project values apart from keys.
         scan: An ordered stage, see :class:`Scan`.
+        allocator: Gives every example a node set of its own; addresses stand in the first channels
+            of each state, which the gates do not write either.
     """
 
     def __init__(
@@ -139,6 +142,7 @@ class StateMachineCell(nn.Module):
         routing_reduce: str,
         separate_values: bool,
         scan: nn.Module | None,
+        allocator: StateAllocator | None = None,
     ) -> None:
         super().__init__()
         check_choice("mix", mix, MIXES)
@@ -155,6 +159,7 @@ class StateMachineCell(nn.Module):
         self.mix = mix
         self.topology = communication
         self.scan = scan
+        self.allocator = allocator
         #: Draws the states to codes after each segment; see :meth:`NeuralStateMachine.fit_snap`.
         self.snap: StateSnap | None = None
         #: Whether all segments may be read in one kernel; False to see every operation, "triton"
@@ -178,7 +183,9 @@ class StateMachineCell(nn.Module):
             # Routing acts as a prior on attention; its sums, and their projection, are not used.
             self.router.lin_out.requires_grad_(False)
         gated = state_channels if scan is None else scan.gated_channels
-        #: Channels that only the scan writes: the first of each state.
+        if allocator is not None:
+            gated = state_channels - allocator.address_channels
+        #: Channels that the gates read and do not write: the first of each state.
         self.kept_channels = state_channels - gated
         self.propagator = StatePropagator(
             gated, cell=cell, input_channels=state_channels + self.kept_channels
@@ -210,6 +217,8 @@ class StateMachineCell(nn.Module):
         *,
         scan_tokens: Tensor | None = None,
         scan_reads: bool = False,
+        column: Tensor | None = None,
+        routing_bias: Tensor | None = None,
     ) -> tuple[SegmentInputs, Tensor | None]:
         """Everything that depends on tokens only, for all segments in one call each.
 
@@ -221,6 +230,8 @@ class StateMachineCell(nn.Module):
             slots: Active slots; ``None`` for all, in order.
             scan_tokens: What the scan reads, ``[T, C_t]``: tokens without positions.
             scan_reads: Whether tokens are to read from the scan.
+            column: Slot of every state row, where examples have node sets of their own.
+            routing_bias: Added to the router's logits, ``[E]``.
 
         Returns:
             The inputs of all segments together, and the routing weights ``[E]``.
@@ -229,7 +240,7 @@ class StateMachineCell(nn.Module):
         groups = relation
         if self.router is not None:
             logits = self.router.logits(x, importance, slots)
-            routing = self.router.route(x, logits, relation)
+            routing = self.router.route(x, logits, relation, column, routing_bias)
             weights, relation = routing.weights, routing.relation
             if self.mix == "bias":
                 # A weight that underflows is an edge that is all but absent.
@@ -317,6 +328,14 @@ class StateMachineCell(nn.Module):
             segment._replace(talks=talks[rows])
             for segment, rows in zip(inputs, num_rows, strict=True)
         ]
+
+    def connect_nodes(self, inputs: SegmentInputs, nodes: NodeSet) -> SegmentInputs:
+        """The same for one step, whose examples have node sets of their own."""
+        if self.topology is None:
+            return inputs
+        if self.topology.is_dynamic:
+            return inputs._replace(nodes=nodes)
+        return inputs._replace(talks=self.topology(nodes))
 
     def routing_mass(self, weights: Tensor | None, relation: Relation) -> Tensor | None:
         """Each state's share of routing weight, ``[G N]``, for whoever watches it in training."""

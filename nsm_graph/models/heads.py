@@ -52,9 +52,16 @@ class ExampleHead(nn.Module):
         with torch.no_grad():
             weight.unflatten(1, shape)[:, slots] = fresh.unflatten(1, shape)[:, slots]
 
-    def forward(self, states: Tensor, batch: Tensor, batch_size: int, slots: Tensor) -> Tensor:
-        row_slots = slots.repeat(batch_size)
-        pooled = self.pool(states, batch, batch_size, slots=row_slots)
+    def forward(
+        self,
+        states: Tensor,
+        batch: Tensor,
+        batch_size: int,
+        slots: Tensor,
+        presence: Tensor | None = None,
+    ) -> Tensor:
+        """Predictions ``[B, out]`` from states with their examples, slots and presence ``[N]``."""
+        pooled = self.pool(states, batch, batch_size, slots=slots, weight=presence)
         return self.lin_out(self.dropout(pooled))
 
 
@@ -120,6 +127,7 @@ class TokenHead(nn.Module):
         relation: Relation,
         reads: Tensor | None,
         place: Tensor | None = None,
+        bias: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Predictions ``[P, out]`` and token read-outs ``[T, C_t]``.
 
@@ -129,8 +137,9 @@ class TokenHead(nn.Module):
             relation: States -> tokens.
             reads: The scan's per-token reads; a scan reads in order, hence causally.
             place: ``[P]``, which tokens to predict for; ``None`` for all, in order.
+            bias: ``[E]``, added to the scores of the read-out.
         """
-        read = self.readout((states, x), relation)
+        read = self.readout((states, x), relation, bias=bias)
         if self.gains is not None and reads is not None:
             tokens = self.norm(self.gains[0] * x + self.gains[1] * read + reads)
         else:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch_geometric.data import HeteroData
 
-from nsm_graph.models.state import Record
+from nsm_graph.models.state import MachineState, Record
 
 if TYPE_CHECKING:
     from nsm_graph.models.machine import NeuralStateMachine
@@ -51,38 +51,51 @@ def read(machine: NeuralStateMachine, data: HeteroData) -> HeteroData:
         record=True,
     )
     assert result.record is not None
-    num_states, num_examples = result.state.slots.numel(), result.state.num_examples
     out = data.clone()
     out["state"].x = result.state.states
-    examples = torch.arange(num_examples, device=token.x.device)
-    out["state"].batch = examples.repeat_interleave(num_states)
-    out["state"].ptr = torch.arange(num_examples + 1, device=token.x.device) * num_states
-    out["state"].slot = result.state.slots.repeat(num_examples)
+    nodes = result.state.rows
+    out["state"].batch, out["state"].ptr = nodes.batch, nodes.ptr
+    out["state"].slot = result.state.row_slots
     out.out = result.out
     if result.tokens is not None:
         out["token"].read = result.tokens
     is_graph = machine.segment_length is None
-    routes = _routes(result.record, num_states, slice(-1, None) if is_graph else slice(None))
+    steps = slice(-1, None) if is_graph else slice(None)
+    routes = _routes(result.record, result.state, machine.manager.max_states, steps)
     if routes is not None:
         store = out["token", "routes", "state"]
         store.edge_index, store.weight = routes
     return out
 
 
-def _routes(record: Record, num_states: int, steps: slice) -> tuple[Tensor, Tensor] | None:
-    """Edges and weights of the routing in the numbering of the input, step by step."""
+def _routes(
+    record: Record, state: MachineState, num_slots: int, steps: slice
+) -> tuple[Tensor, Tensor] | None:
+    """Edges and weights of the routing in the numbering of the input, step by step.
+
+    A state is named by its example and slot; edges to slots that are empty in the end are left out.
+    """
+    row = torch.full((state.num_examples * num_slots,), -1, device=state.slots.device)
+    nodes = state.rows
+    row[nodes.batch * num_slots + state.row_slots] = torch.arange(nodes.num_rows, device=row.device)
+    slots_of = record.slots or [
+        state.slots.repeat(examples.numel()) for examples in record.examples
+    ]
     edges, weights = [], []
-    for relation, weight, tokens, examples in zip(
+    for relation, weight, tokens, examples, slots in zip(
         record.relations[steps],
         record.routing[steps],
         record.tokens[steps],
         record.examples[steps],
+        slots_of[steps],
         strict=True,
     ):
         if weight is None:
             return None
         src, dst = relation.edge_index
-        state = examples[dst // num_states] * num_states + dst % num_states
-        edges.append(torch.stack([tokens[src], state]))
-        weights.append(weight)
+        place = examples[relation.targets.batch] * num_slots + slots
+        target = row[place][dst]
+        is_there = target >= 0
+        edges.append(torch.stack([tokens[src], target])[:, is_there])
+        weights.append(weight[is_there])
     return (torch.cat(edges, 1), torch.cat(weights)) if edges else None

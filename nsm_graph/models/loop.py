@@ -51,7 +51,7 @@ def read_segments(
             square root of their number.
         record: Keep every output of the cell.
     """
-    chunk = _chunk_size(checkpoint_segments, len(inputs))
+    chunk = chunk_size(checkpoint_segments, len(inputs))
     trace = Trace(states, cell_states)
     finished: list[tuple[Tensor, Tensor | None]] = []
     for start in range(0, len(inputs), chunk):
@@ -105,7 +105,8 @@ def _read_chunk(
     return states, cell_states, finished, after, before, reads, outputs
 
 
-def _chunk_size(checkpoint_segments: int | str | None, num_segments: int) -> int:
+def chunk_size(checkpoint_segments: int | str | None, num_segments: int) -> int:
+    """How many segments are read, or recomputed, in one piece."""
     if checkpoint_segments is None:
         return max(num_segments, 1)
     if checkpoint_segments == "sqrt":

@@ -16,21 +16,22 @@ from nsm_graph.models.cell import StateMachineCell
 from nsm_graph.models.embedding import TokenEmbedding, tied_output
 from nsm_graph.models.graph import GraphPasses, read_passes
 from nsm_graph.models.heads import ExampleHead, TokenHead
+from nsm_graph.models.node_sets import read_node_sets
 from nsm_graph.models.options import check_at, check_input, check_options
 from nsm_graph.models.predict import predict
 from nsm_graph.models.segments import SegmentPlan, plan_segments
 from nsm_graph.models.sequence import read_sequence
 from nsm_graph.models.snapping import fit_snap
-from nsm_graph.models.state import MachineOutput, MachineState, Record, ScanTokens
+from nsm_graph.models.state import MachineOutput, MachineState, Reading, Record, ScanTokens
 from nsm_graph.nn import (
     GraphPosition,
     LearnedPosition,
     SinusoidalPosition,
+    StateAllocator,
     StateSnap,
     TokenConvolution,
 )
 from nsm_graph.partition import Partition
-from nsm_graph.relation import Relation
 from nsm_graph.topology import Topology, complete
 
 
@@ -64,6 +65,9 @@ class NeuralStateMachine(nn.Module):
         pool: ``"mean"``, ``"flatten"`` or ``"attention"``. (default: :obj:`"mean"`)
         scan: An ordered stage before gathering: :class:`nsm_graph.nn.SegmentScan`, or a module
             of your own (:class:`nsm_graph.models.cell.Scan`). (default: :obj:`None`)
+        allocator: Gives every example a node set of its own, which starts with ``num_states`` and
+            grows up to ``max_states``: :class:`nsm_graph.nn.StateAllocator`; for sequences.
+            (default: :obj:`None`)
         num_embeddings: Number of symbols (one number, or one for each column); ``None`` for
             features. (default: :obj:`None`)
         token_channels: Size of an embedded token; ``None`` for that of a state.
@@ -127,6 +131,7 @@ class NeuralStateMachine(nn.Module):
         communication: Topology | None = complete(),  # noqa: B008 (a rule without state)
         pool: str = "mean",
         scan: nn.Module | None = None,
+        allocator: StateAllocator | None = None,
         num_embeddings: int | list[int] | None = None,
         token_channels: int | None = None,
         head: str = "example",
@@ -166,6 +171,9 @@ class NeuralStateMachine(nn.Module):
             head=head,
             position=position,
             scan=scan,
+            allocator=allocator,
+            mix=mix,
+            watch=watch,
             ordered_nodes=ordered_nodes,
             conv=conv,
             edge_embeddings=edge_embeddings,
@@ -218,6 +226,7 @@ class NeuralStateMachine(nn.Module):
             routing_reduce=routing_reduce,
             separate_values=separate_values,
             scan=scan,
+            allocator=allocator,
         )
         if head == "example" and hasattr(scan, "rest_reads"):
             scan.rest_reads()
@@ -372,7 +381,7 @@ class NeuralStateMachine(nn.Module):
                 state.slots.numel(),
                 tokens.device,
             )
-            scanned = None
+            plain, scanned = tokens, None
             if self.cell.scan is not None:
                 examples = Partition.from_ptr(ptr)
                 scanned = ScanTokens(self.dropout(tokens), examples, state.tail)
@@ -380,19 +389,33 @@ class NeuralStateMachine(nn.Module):
                     state, tail=TokenConvolution.next_tail(tokens, examples, state.tail)
                 )
             tokens = self._add_position(tokens, plan, ptr, state)
-            reading = read_sequence(
-                self.cell,
-                self.dropout(tokens),
-                plan,
-                state,
-                self.manager.importance,
-                segment_length=segment_length,
-                scanned=scanned,
-                tokens_read=isinstance(self.head, TokenHead),
-                bptt_segments=self.bptt_segments,
-                checkpoint_segments=self.checkpoint_segments,
-                record=notes,
-            )
+            if self.cell.allocator is None:
+                reading = read_sequence(
+                    self.cell,
+                    self.dropout(tokens),
+                    plan,
+                    state,
+                    self.manager.importance,
+                    segment_length=segment_length,
+                    scanned=scanned,
+                    tokens_read=isinstance(self.head, TokenHead),
+                    bptt_segments=self.bptt_segments,
+                    checkpoint_segments=self.checkpoint_segments,
+                    record=notes,
+                )
+            else:
+                reading = read_node_sets(
+                    self.cell,
+                    self.manager,
+                    self.dropout(tokens),
+                    plain,
+                    plan,
+                    state,
+                    segment_length=segment_length,
+                    bptt_segments=self.bptt_segments,
+                    checkpoint_segments=self.checkpoint_segments,
+                    record=notes,
+                )
         else:
             if self.graph_position is not None:
                 tokens = self.graph_position(tokens, pe)
@@ -411,12 +434,14 @@ class NeuralStateMachine(nn.Module):
                 edge_attr=edge_attr,
                 record=notes,
             )
-        if reading.mass is not None:
-            self._observe_mass(reading.mass, reading.relation)
+        self._observe_mass(reading)
         has_tokens = ptr.diff() > 0
         if self.training and "update" in self.manager.decays:
             moved = update_norm(state.states, reading.state.states)
-            self._observe_examples("update", moved, has_tokens)
+            speaks = has_tokens[state.rows.batch]
+            self._observe("update", moved[speaks], state.row_slots[speaks])
+        if self.training and self.cell.allocator is not None:
+            self.cell.allocator.restrain(float(reading.state.num_states.float().mean()))
         watch = partial(self._watch_gradient, has_tokens)
         out, tokens = predict(self.head, self.cell, reading, at, watch)
         return MachineOutput(out, tokens, reading.state, notes)
@@ -445,36 +470,37 @@ class NeuralStateMachine(nn.Module):
             return self.position(tokens, plan.index + state.num_tokens[example])
         return tokens
 
-    def _observe_mass(self, mass: Tensor, relation: Relation) -> None:
+    def _observe_mass(self, reading: Reading) -> None:
         """Feeds the routing mass into the moving average; groups without tokens say nothing."""
-        slots = self.manager.slots.repeat(mass.numel() // self.manager.slots.numel())
-        if relation.sources.min_count == 0:
-            has_tokens = (relation.sources.ptr.diff() > 0)[relation.targets.batch]
-            mass, slots = mass[has_tokens], slots[has_tokens]
+        mass, slots, relation = reading.mass, reading.mass_slots, reading.relation
+        if mass is None:
+            return
+        if slots is None:
+            slots = reading.state.slots.repeat(mass.numel() // reading.state.slots.numel())
+            if relation.sources.min_count == 0:
+                has_tokens = (relation.sources.ptr.diff() > 0)[relation.targets.batch]
+                mass, slots = mass[has_tokens], slots[has_tokens]
         self._observe("routing", mass, slots)
 
-    def _watch_gradient(self, has_tokens: Tensor, states: Tensor) -> None:
-        """Feeds what the loss asks of the states that a head reads, once backward knows."""
+    def _watch_gradient(
+        self, has_tokens: Tensor, states: Tensor, slots: Tensor, example: Tensor | None
+    ) -> None:
+        """Feeds what the loss asks of the states that a head reads, once backward knows.
+
+        ``example`` is that of each state where the head predicts for examples, of which only those
+        with tokens say anything; tokens look at states that read them.
+        """
         if not (self.training and states.requires_grad and "gradient" in self.manager.decays):
             return
         rows = states.detach()
+        speaks = slice(None) if example is None else has_tokens[example]
 
         def observe(grad: Tensor) -> None:
-            signal = gradient_signal(rows, grad)
-            if isinstance(self.head, ExampleHead):
-                self._observe_examples("gradient", signal, has_tokens)
-            else:  # tokens look at states that read them
-                self._observe("gradient", signal)
+            self._observe("gradient", gradient_signal(rows, grad)[speaks], slots[speaks])
 
         states.register_hook(observe)
 
-    def _observe_examples(self, name: str, signal: Tensor, has_tokens: Tensor) -> None:
-        """Feeds what the states of each example say, of those that have tokens."""
-        slots = self.manager.slots.repeat(has_tokens.numel())
-        speaks = has_tokens.to(signal.device).repeat_interleave(self.manager.num_active)
-        self._observe(name, signal[speaks], slots[speaks])
-
-    def _observe(self, name: str, signal: Tensor, slots: Tensor | None = None) -> None:
+    def _observe(self, name: str, signal: Tensor, slots: Tensor) -> None:
         if torch._C._functorch.peek_interpreter_stack() is not None:
             return  # a function transform allows no side effects
         if bool(signal.sum().isfinite()):  # a diverged step says nothing; its loss shows it

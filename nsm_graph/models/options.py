@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from nsm_graph.models.embedding import check_finite
 from nsm_graph.models.heads import HEADS
 from nsm_graph.models.state import MachineState
-from nsm_graph.nn import LearnedPosition
+from nsm_graph.nn import LearnedPosition, StateAllocator
 from nsm_graph.nn.checks import check_choice
 from nsm_graph.nn.positional import SEQUENCE_POSITIONS
 from nsm_graph.partition import ptr_from_batch
@@ -29,6 +30,9 @@ def check_options(
     head: str,
     position: str | None,
     scan: nn.Module | None,
+    allocator: StateAllocator | None,
+    mix: str,
+    watch: Mapping[str, float] | None,
     num_states: int,
     ordered_nodes: bool,
     conv: object,
@@ -64,6 +68,8 @@ def check_options(
     check_choice("position", position, SEQUENCE_POSITIONS)
     if edge_embeddings is not None and edge_channels is not None:
         raise ValueError("edge_embeddings (symbols) and edge_channels (features) exclude another")
+    if allocator is not None:
+        _check_allocator(allocator, segment_length, scan, mix, watch, **sizes)
     if segment_length is None:
         _check_graph_options(
             head, position, scan if not ordered_nodes else None, bptt_segments, checkpoint_segments
@@ -106,6 +112,43 @@ def _check_scan(scan: nn.Module, **sizes: int) -> None:
                 f"scan was built with {name}={built}, but the machine has {sizes[name]}{slots}; "
                 f"build it with {name}={sizes[name]}"
             )
+
+
+def _check_allocator(
+    allocator: StateAllocator,
+    segment_length: int | None,
+    scan: nn.Module | None,
+    mix: str,
+    watch: Mapping[str, float] | None,
+    **sizes: int,
+) -> None:
+    if not isinstance(allocator, StateAllocator):
+        raise ValueError(
+            f"allocator must be an nn.StateAllocator or None, but is {type(allocator).__name__}"
+        )
+    for name in ("token_channels", "state_channels"):
+        built = getattr(allocator, name)
+        if built not in (sizes[name], -1):
+            raise ValueError(
+                f"allocator was built with {name}={built}, but the machine has {sizes[name]}; "
+                f"build it with {name}={sizes[name]}"
+            )
+    if segment_length is None:
+        raise ValueError(
+            "allocator asks tokens in order, but the nodes of a graph have none; use it on "
+            "sequences, with a segment_length"
+        )
+    if scan is not None:
+        raise ValueError(
+            "allocator and scan both own the first channels of a state; leave one of them out"
+        )
+    if mix == "attention":
+        raise ValueError('allocator acts in the router, but mix="attention" has none')
+    if "update" in (watch or {}):
+        raise ValueError(
+            'watch: "update" compares the states before and after a call, but with an allocator '
+            "these are not the same ones; leave it out"
+        )
 
 
 def _check_graph_options(
@@ -238,12 +281,19 @@ def _check_state(machine: NeuralStateMachine, state: MachineState, batch_size: i
             f"state has dtype {state.states.dtype}, but the machine has "
             f"{machine.manager.bank.dtype}; carry it in the machine's precision"
         )
-    if not torch.equal(state.slots, slots):
+    if machine.cell.allocator is not None and state.nodes is not None:
+        _check_node_sets(machine, state)
+    elif state.nodes is not None:
+        raise ValueError(
+            "state carries a node set for each example, but this machine has no allocator; it "
+            "comes from another machine"
+        )
+    elif not torch.equal(state.slots, slots):
         raise ValueError(
             f"state was carried from slots {state.slots.tolist()}, but now {slots.tolist()} are "
             f"active; take it along with state.edit(edit, machine.manager)"
         )
-    shape = (state.num_examples * slots.numel(), machine.state_channels)
+    shape = (state.rows.num_rows, machine.state_channels)
     if state.states.shape != shape:
         raise ValueError(
             f"state must hold states of shape {shape}, but has {tuple(state.states.shape)}; it "
@@ -264,6 +314,28 @@ def _check_state(machine: NeuralStateMachine, state: MachineState, batch_size: i
             f"state carries a tail of shape {tuple(state.tail.shape)}, but this machine "
             f"{'has no scan' if machine.cell.scan is None else f'needs {tail}'}; it comes from "
             f"another machine"
+        )
+
+
+def _check_node_sets(machine: NeuralStateMachine, state: MachineState) -> None:
+    nodes, num_slots = state.rows, machine.manager.max_states
+    for name, rows in (("slots", state.slots), ("gate", state.gate)):
+        if rows is None or rows.shape != (nodes.num_rows,):
+            shape = None if rows is None else tuple(rows.shape)
+            raise ValueError(
+                f"state must hold one entry of {name} for each of its {nodes.num_rows} states, but "
+                f"has {shape}"
+            )
+    if nodes.num_examples != state.num_examples:
+        raise ValueError(
+            f"state.nodes has {nodes.num_examples} examples, but num_tokens {state.num_examples}"
+        )
+    place = nodes.batch * num_slots + state.slots
+    is_slot = (state.slots >= 0) & (state.slots < num_slots)
+    if not bool(is_slot.all()) or bool((place.diff() <= 0).any()):
+        raise ValueError(
+            f"state.slots must ascend in 0..{num_slots - 1} within each example, but are "
+            f"{state.slots.tolist()}"
         )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from nsm_graph.models.cell import StateMachineCell
 from nsm_graph.models.heads import ExampleHead, TokenHead
 from nsm_graph.models.state import Reading
-from nsm_graph.partition import Partition
+from nsm_graph.relation import Relation
 
 
 def predict(
@@ -19,7 +19,7 @@ def predict(
     cell: StateMachineCell,
     reading: Reading,
     at: Tensor | None,
-    watch: Callable[[Tensor], None],
+    watch: Callable[[Tensor, Tensor, Tensor | None], None],
 ) -> tuple[Tensor, Tensor | None]:
     """Predictions in input order, and token read-outs ``[T, C_t]`` of token heads.
 
@@ -28,17 +28,27 @@ def predict(
         cell: Says which channels of the states belong to its scan.
         reading: What the machine has read.
         at: Token heads: the tokens to predict for; ``None`` for all.
-        watch: Is shown the states that the head reads, every example's in slot order.
+        watch: Is shown the states that the head reads, their slots, and the example of each where
+            the head predicts for examples.
     """
     state = reading.state
-    num_examples, num_states = state.num_examples, state.slots.numel()
+    num_examples = state.num_examples
     if isinstance(head, ExampleHead):
-        rows = Partition.uniform(num_examples, num_states, state.slots.device)
-        watch(state.states)
-        states = _hide_gated(cell, state.states, rows.batch, num_examples)
-        return head(states, rows.batch, num_examples, state.slots), None
-    seen = torch.cat([state.states[:0], *(reading.before if head.causal else reading.after)])
-    watch(seen)
+        batch = state.rows.batch
+        watch(state.states, state.row_slots, batch)
+        states = _hide_gated(cell, state.states, batch, num_examples)
+        return head(states, batch, num_examples, state.row_slots, state.presence), None
+    relation, bias = reading.relation, None
+    if reading.own is None:
+        seen = torch.cat([state.states[:0], *(reading.before if head.causal else reading.after)])
+        slots = state.slots.repeat(seen.size(0) // state.slots.numel())
+    else:
+        rows = reading.own[0 if head.causal else 1]
+        seen, slots = rows.states, rows.slots
+        relation = Relation.between(relation.sources, rows.nodes)
+        if rows.presence.requires_grad or not bool((rows.presence == 1).all()):
+            bias = rows.presence.log()[relation.reverse().edge_index[0]]
+    watch(seen, slots, None)
     if cell.scan is not None:
         # The scan's channels reach a token through its own read, in order: the states from before
         # or after its segment would make a difference of where segments end.
@@ -46,10 +56,11 @@ def predict(
         groups = reading.groups
         if groups is None:
             groups = torch.arange(num_examples, device=seen.device)
-        seen = _hide_gated(cell, seen, groups.repeat_interleave(num_states), num_examples)
+        example = groups.repeat_interleave(state.slots.numel())
+        seen = _hide_gated(cell, seen, example, num_examples)
     place = None if reading.token_order is None else torch.argsort(reading.token_order)
     asked = at if place is None else place if at is None else place[at]
-    out, tokens = head(reading.tokens, seen, reading.relation.reverse(), reading.reads, asked)
+    out, tokens = head(reading.tokens, seen, relation.reverse(), reading.reads, asked, bias)
     return out, tokens if place is None else tokens[place]
 
 

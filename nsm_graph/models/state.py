@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from nsm_graph.memory import NodeEdit, StateManager
+from nsm_graph.models.state_rows import StateRows
+from nsm_graph.ops.segment import group_sum
 from nsm_graph.partition import Partition
 from nsm_graph.relation import Relation
 
@@ -21,8 +24,13 @@ class MachineState:
         states: ``[B N, C]``, example by example, each in slot order.
         cell: ``[B N, C]``, the LSTM's cell; ``None`` for a GRU.
         num_tokens: ``[B]``, tokens that each stream has read so far (the position offset).
-        slots: ``[N]``, which slot each row of an example holds.
+        slots: ``[N]``, which slot each row of an example holds; ``[rows]`` of every example with
+            an allocator.
         tail: ``[B, C_t]``, the last token of each stream, for a scan's convolution.
+        nodes: How the rows fall into examples, where these have node sets of their own.
+        gate: ``[rows]``, of the decision that founded each state there.
+        presence: ``[rows]``, of founding and staying; see
+            :class:`~nsm_graph.nn.StateAllocator`.
     """
 
     states: Tensor
@@ -30,29 +38,64 @@ class MachineState:
     num_tokens: Tensor
     slots: Tensor
     tail: Tensor | None = None
+    nodes: Partition | None = None
+    gate: Tensor | None = None
+    presence: Tensor | None = None
 
     @property
     def num_examples(self) -> int:
         return self.num_tokens.numel()
 
+    @property
+    def rows(self) -> Partition:
+        """How the rows fall into examples."""
+        if self.nodes is not None:
+            return self.nodes
+        return Partition.uniform(self.num_examples, self.slots.numel(), self.slots.device)
+
+    @property
+    def row_slots(self) -> Tensor:
+        """The slot of every row, ``[rows]``."""
+        return self.slots.repeat(self.num_examples) if self.nodes is None else self.slots
+
+    @property
+    def num_states(self) -> Tensor:
+        """How many states each example has, ``[B]``."""
+        return self.rows.ptr.diff()
+
+    @property
+    def expected_states(self) -> Tensor:
+        r"""The same for a loss, ``[B]``: its gradient is that of the states' presence.
+
+        ``loss + cost * state.expected_states.mean()`` charges for every state, so that tokens found
+        fewer and more of them leave.
+        """
+        if self.presence is None:
+            return self.num_states.to(self.states)
+        return group_sum(self.presence, self.rows.batch, self.num_examples)
+
     def detach(self) -> MachineState:
         """The same memory without its history: truncated backpropagation through time."""
-        cell = None if self.cell is None else self.cell.detach()
-        tail = None if self.tail is None else self.tail.detach()
-        return replace(self, states=self.states.detach(), cell=cell, tail=tail)
+        return self._map(Tensor.detach)
 
     def to(self, device: torch.device | str) -> MachineState:
         """The same memory on another device."""
-        return MachineState(
-            self.states.to(device),
-            None if self.cell is None else self.cell.to(device),
-            self.num_tokens.to(device),
-            self.slots.to(device),
-            None if self.tail is None else self.tail.to(device),
-        )
+        moved = self._map(lambda tensor: tensor.to(device))
+        return moved if self.nodes is None else replace(moved, nodes=self.nodes.to(device))
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> MachineState:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        tensors = {name: x for name, x in values.items() if isinstance(x, Tensor)}
+        return replace(self, **{name: function(x) for name, x in tensors.items()})
 
     def edit(self, edit: NodeEdit, manager: StateManager) -> MachineState:
-        """The memory after an edit of the node set: survivors keep theirs, the rest is fresh."""
+        """The memory after an edit of the node set: survivors keep theirs, the rest is fresh.
+
+        Examples with node sets of their own keep these: an edit is then about where new streams
+        start.
+        """
+        if self.nodes is not None:
+            return self
         shape = (self.num_examples, edit.slots_before.numel(), -1)
         if not torch.equal(self.slots.cpu(), edit.slots_before.cpu()):
             raise ValueError(
@@ -66,6 +109,21 @@ class MachineState:
         if self.cell is not None:
             cell = edit.apply(self.cell.view(shape), dim=1).flatten(0, 1)
         return replace(self, states=states, cell=cell, slots=edit.slots_after)
+
+
+class NodeSetEvent(NamedTuple):
+    """A state that came to the node set of one example, or left it."""
+
+    step: int  #: which segment of the stream
+    example: int
+    kind: str  #: ``"allocate"`` or ``"prune"``
+    slot: int
+    reason: str
+    score: float  #: the decision's logit, by which it exceeded its threshold
+
+    def to_dict(self) -> dict[str, Any]:
+        """What JSON can hold; the scope of a :class:`~nsm_graph.memory.EditEvent` is global."""
+        return {**self._asdict(), "scope": "example"}
 
 
 @dataclass
@@ -86,6 +144,8 @@ class Record:
     states: list[Tensor] = field(default_factory=list)  #: ``[N_t, C]``, after step t
     topologies: list[Relation | None] = field(default_factory=list)  #: states -> states
     margins: list[Tensor | None] = field(default_factory=list)  #: ``[B_t]``, 0 = an unsure snap
+    slots: list[Tensor] = field(default_factory=list)  #: ``[N_t]``; with an allocator only
+    events: list[NodeSetEvent] = field(default_factory=list)  #: who came and went; the same
 
 
 class ScanTokens(NamedTuple):
@@ -108,7 +168,10 @@ class Reading:
     after: list[Tensor]  #: ``[G N, C]`` in pieces, the states that it left
     reads: Tensor | None  #: ``[T, C_t]``, the scan's per-token reads
     mass: Tensor | None  #: ``[G N]``, shares of routing weight; None without router, or in use
+    mass_slots: Tensor | None = None  #: ``[G N]``; None where every group has the state's slots
     groups: Tensor | None = None  #: ``[G]``, the example of each group; None = one each
+    #: Instead of `before` and `after`, where examples have node sets of their own.
+    own: tuple[StateRows, StateRows] | None = None
 
 
 class MachineOutput(NamedTuple):

@@ -18,4 +18,6 @@ from nsm_graph.nn.scan_aggregation import ScanAggregation as ScanAggregation
 from nsm_graph.nn.segment_scan import SegmentScan as SegmentScan
 from nsm_graph.nn.snap import Snapped as Snapped
 from nsm_graph.nn.snap import StateSnap as StateSnap
+from nsm_graph.nn.state_allocator import Founding as Founding
+from nsm_graph.nn.state_allocator import StateAllocator as StateAllocator
 from nsm_graph.nn.token_convolution import TokenConvolution as TokenConvolution

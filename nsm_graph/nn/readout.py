@@ -9,6 +9,7 @@ from torch_geometric.utils import scatter, softmax
 
 from nsm_graph.nn.checks import check_channels, check_choice, check_features
 from nsm_graph.nn.edge_attention_layer import EdgeAttentionLayer, with_weights
+from nsm_graph.ops.segment import group_sum
 from nsm_graph.relation import Relation
 
 
@@ -19,6 +20,9 @@ class StatePool(nn.Module):
         \text{mean:}\; \frac{1}{N_b} \sum_j s_j \qquad
         \text{flatten:}\; \Vert_{m=1}^{M} s_{\mathrm{slot}=m} \qquad
         \text{attention:}\; \sum_j \mathrm{softmax}_j(g \cdot s_j) \, s_j
+
+    With weights :math:`p_j` the mean is :math:`\sum_j p_j s_j / \sum_j p_j`, flattened states are
+    scaled by them, and :math:`\log p_j` is added to the scores of attention.
 
     Source: Neural State Machine flow, step 4; attention pooling is ours. Flatten always has the
     width of all M slots, with zeros where a slot is inactive, so that the width does not depend on
@@ -70,6 +74,7 @@ class StatePool(nn.Module):
         batch_size: int | None = None,
         *,
         slots: Tensor | None = None,
+        weight: Tensor | None = None,
     ) -> Tensor:
         r"""Runs the forward pass of the module.
 
@@ -80,8 +85,14 @@ class StatePool(nn.Module):
             batch_size: Number of examples. (default: :obj:`None`)
             slots: The slot of each state, needed for ``"flatten"`` unless every example holds all
                 slots in order. (default: :obj:`None`)
+            weight: How much each state counts, positive; ``None`` for all alike.
+                (default: :obj:`None`)
         """
         check_features(x, -1, "x")
+        if weight is not None and weight.shape != x.shape[:1]:
+            raise ValueError(
+                f"weight must have one entry per state, {x.size(0)}, but has {tuple(weight.shape)}"
+            )
         if batch is None:
             if batch_size not in (None, 1):
                 raise ValueError(
@@ -95,10 +106,18 @@ class StatePool(nn.Module):
         if batch_size is None:
             batch_size = int(batch.max()) + 1 if batch.numel() > 0 else 0
         if self.mode == "flatten":
-            return self._flatten(x, batch, batch_size, slots)
+            rows = x if weight is None else x * weight.unsqueeze(1)
+            return self._flatten(rows, batch, batch_size, slots)
         if self.lin_gate is None:
-            return scatter(x, batch, dim=0, dim_size=batch_size, reduce="mean")
-        weights = softmax(self.lin_gate(x), batch, num_nodes=batch_size)
+            if weight is None:
+                return scatter(x, batch, dim=0, dim_size=batch_size, reduce="mean")
+            total = group_sum(x * weight.unsqueeze(1), batch, batch_size)
+            share = group_sum(weight, batch, batch_size).unsqueeze(1)
+            return total / share.clamp(min=torch.finfo(share.dtype).tiny)
+        score = self.lin_gate(x)
+        if weight is not None:
+            score = score + weight.log().unsqueeze(1)
+        weights = softmax(score, batch, num_nodes=batch_size)
         return scatter(x * weights, batch, dim=0, dim_size=batch_size, reduce="sum")
 
     def _flatten(self, x: Tensor, batch: Tensor, batch_size: int, slots: Tensor | None) -> Tensor:

@@ -196,13 +196,21 @@ class TokenToStateRouter(MessagePassing):
         return weight.flatten(0, 1), bias.flatten()
 
     def route(
-        self, x: Tensor, logits: Tensor, relation: Relation, slots: Tensor | None = None
+        self,
+        x: Tensor,
+        logits: Tensor,
+        relation: Relation,
+        slots: Tensor | None = None,
+        bias: Tensor | None = None,
     ) -> Routing:
-        """Softmax and routed sum of tokens that are already scored; no output projection."""
+        """Softmax and routed sum of tokens that are already scored; no output projection.
+
+        ``bias`` ``[E]`` is added to the logits of all heads.
+        """
         if is_watched(self):
-            routed, weights, used = self._route_watched(x, logits, relation, slots)
+            routed, weights, used = self._route_watched(x, logits, relation, slots, bias)
         else:
-            routed, weights = ops.route(logits, x, relation, slots)
+            routed, weights = ops.route(logits, x, relation, slots, bias=bias)
             used = relation
             if self.top_k is not None:
                 kept, weights = keep_top_k(relation, weights, self.top_k)
@@ -214,13 +222,20 @@ class TokenToStateRouter(MessagePassing):
         return Routing(routed, weights, used)
 
     def _route_watched(
-        self, x: Tensor, logits: Tensor, relation: Relation, slots: Tensor | None
+        self,
+        x: Tensor,
+        logits: Tensor,
+        relation: Relation,
+        slots: Tensor | None,
+        bias: Tensor | None,
     ) -> Routing:
         """The same edge by edge through ``propagate``, for hooks and explainers."""
         src, dst = relation.edge_index
         if slots is None:
             slots = torch.arange(relation.num_dst, device=x.device) % logits.size(2)
         scores = logits[src, :, slots[dst]]
+        if bias is not None:
+            scores = scores + bias.unsqueeze(1)
         weights = group_softmax(scores, src, relation.num_src).mean(1)
         used, alpha = relation, weights
         if self.top_k is not None:

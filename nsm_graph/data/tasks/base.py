@@ -36,8 +36,8 @@ class SequenceTask(ABC):
 
     @property
     @abstractmethod
-    def num_symbols(self) -> int:
-        """Number of different tokens."""
+    def num_symbols(self) -> int | tuple[int, ...]:
+        """Number of different tokens; of tokens with several symbols, one number for each."""
 
     @property
     @abstractmethod
@@ -76,7 +76,8 @@ class SequenceTask(ABC):
             generator: Where the random numbers come from, on the CPU.
 
         Shapes:
-            - **output:** symbols and labels, int64 :math:`(B, L)`
+            - **output:** symbols and labels, int64 :math:`(B, L)`; symbols
+              :math:`(B, L, F)` where a token has F of them
 
         Raises:
             ValueError: If the task has no sequences of this length, or :math:`B < 1`.

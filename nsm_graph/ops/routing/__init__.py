@@ -22,12 +22,13 @@ def route(
     relation: Relation,
     column: Tensor | None = None,
     *,
+    bias: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""Routes tokens to states.
 
     .. math::
-        w_{e,h} = \mathrm{softmax}_{e' \text{ leaving } i}\; z_{i,h,c(j)}, \qquad
+        w_{e,h} = \mathrm{softmax}_{e' \text{ leaving } i} \big(z_{i,h,c(j)} + b_e\big), \qquad
         w_e = \tfrac{1}{H} \textstyle\sum_h w_{e,h}, \qquad
         r_j = \sum_{e: i \to j} w_e \, x_i
 
@@ -37,10 +38,12 @@ def route(
         relation: From tokens to states.
         column: Which column of the table each state reads; ``None`` if the i-th state of every
             example reads the i-th of its K columns. (default: :obj:`None`)
+        bias: Added to the logits of all heads, in edge order. (default: :obj:`None`)
         backend: ``"reference"``, ``"dense"`` or ``None`` to choose. (default: :obj:`None`)
 
     Shapes:
-        - **input:** logits :math:`(T, H, K)`, x :math:`(T, C)`, column :math:`(N,)`
+        - **input:** logits :math:`(T, H, K)`, x :math:`(T, C)`, column :math:`(N,)`, bias
+          :math:`(E,)`
         - **output:** routed :math:`(N, C)`, weights :math:`(E,)` in edge order
 
     Raises:
@@ -77,10 +80,15 @@ def route(
             f"{relation} does not give every example {num_columns} states, as many as there are "
             f"columns in logits; say with column= which column each state reads"
         )
+    if bias is not None and bias.shape != (relation.num_edges,):
+        raise ValueError(
+            f"bias must hold one number for each of the {relation.num_edges} edges, but has shape "
+            f"{tuple(bias.shape)}"
+        )
     name = choose_backend(relation, x.dtype, forced=backend).name
     # The scores are a table here: there are no kernels for them on general edges.
     implementation = IMPLEMENTATIONS.get(name, reference.route)
-    return implementation(logits, x, relation, column)
+    return implementation(logits, x, relation, column, bias)
 
 
 def _is_column_by_position(relation: Relation, num_columns: int) -> bool:

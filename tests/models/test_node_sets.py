@@ -1,0 +1,355 @@
+"""A node set for every example: equations, gradients, ragged batches, streams, what is refused."""
+
+from types import SimpleNamespace
+
+import node_set_oracle
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from machine_oracle import weights_of
+from small_machines import COUNTS, batch_of, make_machine, run
+
+from nsm_graph import NeuralStateMachine, topology
+from nsm_graph.nn import SegmentScan, StateAllocator
+from nsm_graph.testing import assert_close_to_norm
+
+SLOTS, INITIAL, CHANNELS, ADDRESS = 6, 2, 6, 2
+
+
+def machine_of(seed=0, dtype=torch.float64, *, gate="straight_through", prune=True, **options):
+    """A machine whose examples found states and lose some again."""
+    torch.manual_seed(seed)
+    allocator = StateAllocator(
+        CHANNELS, CHANNELS, address_channels=ADDRESS, gate=gate, prune=prune, sharpness=6.0
+    )
+    options = {"state_channels": CHANNELS, "num_states": INITIAL, "max_states": SLOTS} | options
+    options = {"mix": "routing", "position": None} | options
+    machine = make_machine(seed, dtype, allocator=allocator, **options)
+    if prune:
+        with torch.no_grad():
+            allocator.lin_keep.weight.normal_(0, 1.5)
+            allocator.lin_keep.bias.fill_(0.3)
+    return machine
+
+
+@st.composite
+def options_of(draw):
+    head = draw(st.sampled_from(["example", "token", "next_token"]))
+    return {
+        "cell": draw(st.sampled_from(["gru", "lstm"])),
+        "mix": draw(st.sampled_from(["sum", "routing"])),
+        "position": draw(st.sampled_from(["learned", None])),
+        "routing_reduce": draw(st.sampled_from(["sum", "mean"])),
+        "communication": draw(st.sampled_from([topology.complete(), None])),
+        "head": head,
+        "pool": draw(st.sampled_from(["mean", "flatten", "attention"]))
+        if head == "example"
+        else "mean",
+        "segment_length": draw(st.sampled_from([1, 2, 5])),
+        "gate": draw(st.sampled_from(["straight_through", "continuous"])),
+        "prune": draw(st.booleans()),
+        "min_states": draw(st.sampled_from([1, 2])),
+    }
+
+
+def oracle_options(machine, options):
+    return SimpleNamespace(
+        num_slots=SLOTS, heads=2, talk_heads=1,
+        **{key: options[key] for key in (
+            "segment_length", "cell", "mix", "position", "head", "pool", "routing_reduce",
+            "min_states",
+        )},
+        communication=options["communication"] is not None,
+    )  # fmt: skip
+
+
+@given(options=options_of(), counts=COUNTS, seed=st.integers(0, 99))
+def test_equals_the_equations_and_their_gradients(options, counts, seed):
+    machine = machine_of(seed, **options)
+    x = torch.randn(sum(counts), 3, dtype=torch.float64)
+    result = run(machine, x, counts)
+
+    w, o = weights_of(machine), oracle_options(machine, options)
+    outs, examples = [], []
+    for part in x.split(counts):
+        out, example = node_set_oracle.read_example(
+            w, o, machine.cell.allocator, range(INITIAL), part
+        )
+        outs.append(out)
+        examples.append(example)
+    assert result.state.num_states.tolist() == [len(e.states) for e in examples]
+    assert result.state.slots.tolist() == [m for e in examples for m in e.states]
+    expected_states = torch.stack([s for e in examples for s in e.states.values()])
+    assert_close_to_norm(result.state.states, expected_states, 1e-10, "states")
+    expected = torch.cat(outs)
+    assert_close_to_norm(result.out, expected, 1e-10, "out")
+
+    presences = [e.presence(m) for e in examples for m in e.states]
+    assert_close_to_norm(result.state.presence, torch.stack(presences), 1e-10, "presence")
+    direction = torch.randn(expected.shape, dtype=torch.float64)
+    parameters = [p for p in machine.parameters() if p.requires_grad]
+    results = []
+    for out, cost in (
+        (result.out, result.state.expected_states.sum()),
+        (expected, torch.stack(presences).sum()),
+    ):
+        loss = (out * direction).sum() + 0.1 * cost
+        results.append(torch.autograd.grad(loss, parameters, allow_unused=True))
+    for (name, _), ours, theirs in zip(machine.named_parameters(), *results, strict=False):
+        if ours is None or theirs is None:
+            assert ours is None or not ours.any() or len(parameters) != len(w), name
+            continue
+        assert_close_to_norm(ours, theirs, 1e-8, name)
+
+
+@given(options=options_of(), counts=COUNTS, seed=st.integers(0, 99))
+def test_an_example_does_not_depend_on_its_neighbours(options, counts, seed):
+    machine = machine_of(seed, torch.float, **options)
+    x = torch.randn(sum(counts), 3)
+    together = run(machine, x, counts)
+    states = together.state.states.split(together.state.num_states.tolist())
+    first = 0
+    for b, (part, count) in enumerate(zip(x.split(counts), counts, strict=True)):
+        alone = run(machine, part, [count])
+        assert alone.state.num_states.tolist() == together.state.num_states[b : b + 1].tolist()
+        assert_close_to_norm(states[b], alone.state.states, 1e-5)
+        rows = 1 if options["head"] == "example" else count
+        if rows:
+            assert_close_to_norm(together.out[first : first + rows], alone.out, 1e-5)
+        first += rows
+
+
+@given(options=options_of(), cuts=st.lists(st.integers(1, 3), min_size=1, max_size=3))
+def test_a_stream_in_pieces_is_the_stream(options, cuts):
+    machine = machine_of(3, torch.float64, **options)
+    length = options["segment_length"]
+    x = torch.randn(2, length * sum(cuts), 3, dtype=torch.float64)
+    batch = batch_of([x.size(1)] * 2)
+    whole = machine.run(x.flatten(0, 1), batch)
+    state, outs = None, []
+    for piece in x.split([length * n for n in cuts], dim=1):
+        result = machine.run(piece.flatten(0, 1), batch_of([piece.size(1)] * 2), state)
+        state = result.state
+        outs.append(result.out.view(2, -1, result.out.size(-1)))
+    assert state.slots.tolist() == whole.state.slots.tolist()
+    assert_close_to_norm(state.states, whole.state.states, 1e-12)
+    assert_close_to_norm(state.presence, whole.state.presence, 1e-12)
+    out = outs[-1] if options["head"] == "example" else torch.cat(outs, 1)
+    assert_close_to_norm(out.flatten(0, 1), whole.out, 1e-12)
+
+
+@given(seed=st.integers(0, 99), segment_length=st.integers(2, 9))
+def test_who_founds_does_not_depend_on_where_segments_end(seed, segment_length):
+    # Without pruning, addresses and who came before decide, and both are the same.
+    options = {"prune": False, "max_states": 12}
+    one = machine_of(seed, segment_length=1, **options)
+    many = machine_of(seed, segment_length=segment_length, **options)
+    many.load_state_dict(one.state_dict())
+    counts = [9, 4, 0]
+    x = torch.randn(sum(counts), 3, dtype=torch.float64)
+    a, b = run(one, x, counts).state, run(many, x, counts).state
+    assert a.slots.tolist() == b.slots.tolist()
+    addresses = [state.states[:, :ADDRESS] for state in (a, b)]
+    assert torch.equal(*addresses)
+
+
+def test_equal_tokens_found_one_state_and_new_ones_another():
+    machine = machine_of(prune=False, num_states=1, segment_length=4, max_states=SLOTS)
+    with torch.no_grad():
+        machine.manager.bank.zero_()  # nobody's address
+    known, new = torch.randn(2, 3, dtype=torch.float64)
+    x = torch.stack([known, known, known, known, known, new, new, known])
+    result = machine.run(x, record=True)
+    logs = [(event.step, event.kind, event.slot) for event in result.record.events]
+    assert logs in ([(0, "allocate", 1), (1, "allocate", 2)], [(0, "allocate", 1)])
+    address = machine.cell.allocator.address(machine.embedding(torch.stack([known, new]))).detach()
+    cosine = float(address[0] @ address[1])
+    allocator = machine.cell.allocator
+    is_far = float(allocator.log_sharpness.exp()) * cosine < float(allocator.novelty) - 0.5
+    assert len(logs) == 1 + is_far
+    assert torch.equal(result.state.states[1, :ADDRESS], address[0])  # bit for bit
+
+
+def test_a_full_bank_takes_no_more():
+    machine = machine_of(prune=False, max_states=3, segment_length=2)
+    with torch.no_grad():
+        machine.cell.allocator.novelty.fill_(50.0)  # everything is new
+    state = run(machine, torch.randn(9, 3, dtype=torch.float64), [7, 2]).state
+    assert state.num_states.tolist() == [3, 3]
+    assert state.slots.tolist() == [0, 1, 2, 0, 1, 2]
+
+
+def test_the_best_state_always_stays():
+    machine = machine_of(segment_length=2, min_states=1)
+    with torch.no_grad():
+        machine.cell.allocator.lin_keep.bias.fill_(-50.0)
+    state = run(machine, torch.randn(9, 3, dtype=torch.float64), [7, 2]).state
+    assert state.num_states.tolist() == [1, 1]
+    out = run(machine, torch.randn(2, 3, dtype=torch.float64), [1, 1], state=state).out
+    assert out.isfinite().all()
+
+
+def test_edits_change_the_graph_and_are_events():
+    machine = machine_of(seed=1, segment_length=1)
+    result = run(machine, torch.randn(12, 3, dtype=torch.float64), [12], record=True)
+    record, num_states = result.record, INITIAL
+    kinds = [event.kind for event in record.events]
+    assert "allocate" in kinds and "prune" in kinds
+    for step, relation in enumerate(record.relations):
+        events = [event for event in record.events if event.step == step]
+        num_states += sum(event.kind == "allocate" for event in events)
+        assert relation.num_dst == num_states == record.slots[step].numel()
+        num_states -= sum(event.kind == "prune" for event in events)
+    assert result.state.num_states.tolist() == [num_states]
+    assert record.events[0].to_dict()["scope"] == "example"
+
+
+@pytest.mark.parametrize("checkpoint_segments", [1, 2, "sqrt"])
+def test_recomputed_chunks_give_the_same_gradients(checkpoint_segments):
+    grads = []
+    for chunk in (None, checkpoint_segments):
+        machine = machine_of(seed=2, segment_length=1, checkpoint_segments=chunk).train()
+        torch.manual_seed(5)  # of the decisions that training draws
+        result = run(machine, torch.randn(12, 3, dtype=torch.float64), [8, 4])
+        (result.out.sum() + result.state.expected_states.sum()).backward()
+        grads.append({n: p.grad for n, p in machine.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys()
+    for name, grad in grads[0].items():
+        assert torch.equal(grad, grads[1][name]), name
+
+
+def test_truncated_history_stops_gradients():
+    machine = machine_of(seed=2, segment_length=1, bptt_segments=2)
+    x = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
+    machine.run(x).out.sum().backward()
+    assert not x.grad[:4].any()
+    assert x.grad[4:].any()
+
+
+def test_training_draws_decisions_and_is_repeatable():
+    machine = machine_of(seed=2, segment_length=1, dtype=torch.float).train()
+    x = torch.randn(200, 3)
+    sizes = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        sizes.append(run(machine, x, [20] * 10).state.slots.tolist())
+    assert sizes[0] == sizes[1] != sizes[2]
+
+
+def test_a_cost_lowers_the_number_of_states():
+    machine = machine_of(seed=4, segment_length=1, dtype=torch.float, max_states=6).train()
+    optimizer = torch.optim.Adam(machine.parameters(), lr=0.02)
+    x = torch.randn(160, 3)
+    before = machine.eval().run(x, batch_of([16] * 10)).state.num_states.float().mean()
+    machine.train()
+    for _ in range(40):
+        optimizer.zero_grad()
+        machine.run(x, batch_of([16] * 10)).state.expected_states.mean().backward()
+        optimizer.step()
+    after = machine.eval().run(x, batch_of([16] * 10)).state.num_states.float().mean()
+    assert after < before - 0.5
+
+
+def test_a_budget_holds_the_average():
+    machine = machine_of(seed=4, segment_length=1, dtype=torch.float, prune=False)
+    machine.cell.allocator.budget = 3.0
+    machine.train()
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        machine.run(torch.randn(320, 3, generator=generator), batch_of([16] * 20))
+    machine.eval()
+    x = torch.randn(3200, 3, generator=generator)
+    bounded = machine.run(x, batch_of([16] * 200)).state.num_states.float().mean()
+    machine.cell.allocator.restraint.zero_()
+    free = machine.run(x, batch_of([16] * 200)).state.num_states.float().mean()
+    assert bounded <= 3.0 < free
+
+
+def test_signals_of_importance_are_fed_by_slot():
+    machine = machine_of(
+        seed=1, segment_length=2, dtype=torch.float, watch={"gradient": 10}
+    ).train()
+    before = machine.manager.importance_ema.clone()
+    run(machine, torch.randn(20, 3), [12, 8]).out.sum().backward()
+    assert not torch.equal(machine.manager.importance_ema, before)
+    assert (machine.manager.signal_ema("gradient") > 0).any()
+
+
+def test_a_carried_memory_outlives_edits_of_the_bank():
+    machine = machine_of(seed=1, segment_length=2)
+    state = run(machine, torch.randn(20, 3, dtype=torch.float64), [12, 8]).state
+    edit = machine.manager.prune(lowest=1)
+    moved = state.edit(edit, machine.manager)
+    assert moved is state
+    result = run(machine, torch.randn(4, 3, dtype=torch.float64), [2, 2], state=moved)
+    assert result.out.isfinite().all()
+    fresh = run(machine, torch.randn(0, 3, dtype=torch.float64), [0], record=True)
+    assert fresh.state.num_states.tolist() == [INITIAL - 1]
+
+
+def test_state_dict_round_trip_and_state_to_device():
+    machine, other = machine_of(seed=1), machine_of(seed=2)
+    machine.cell.allocator.restraint.fill_(0.25)
+    other.load_state_dict(machine.state_dict())
+    x = torch.randn(9, 3, dtype=torch.float64)
+    assert torch.equal(run(machine, x, [5, 4]).out, run(other, x, [5, 4]).out)
+    state = run(machine, x, [5, 4]).state.to("cpu").detach()
+    assert not state.states.requires_grad and not state.presence.requires_grad
+    assert state.num_examples == 2
+
+
+def test_hetero_data_has_as_many_states_as_there_are():
+    from torch_geometric.data import HeteroData
+
+    machine = machine_of(seed=1, segment_length=2)
+    data = HeteroData()
+    data["token"].x = torch.randn(12, 3, dtype=torch.float64)
+    data["token"].batch = batch_of([8, 4])
+    out = machine.from_hetero(data)
+    num_states = torch.bincount(out["state"].batch).tolist()
+    assert out["state"].x.size(0) == sum(num_states) == out["state"].slot.numel()
+    source, target = out["token", "routes", "state"].edge_index
+    assert torch.equal(data["token"].batch[source], out["state"].batch[target])
+
+
+def refuse(match, **options):
+    with pytest.raises(ValueError, match=match):
+        NeuralStateMachine(3, 8, 1, 2, **({"segment_length": 2} | options))
+
+
+def test_refuses_what_does_not_fit():
+    refuse(
+        "token_channels=4, but the machine has 8",
+        allocator=StateAllocator(4, 8, address_channels=2),
+    )
+    refuse("must be an nn.StateAllocator", allocator=torch.nn.Linear(2, 2))
+    allocator = StateAllocator(8, 8, address_channels=2)
+    refuse("nodes of a graph have none", allocator=allocator, segment_length=None)
+    refuse("both own the first channels", allocator=allocator, scan=SegmentScan(8, 8, 1))
+    refuse('mix="attention" has none', allocator=allocator, mix="attention")
+    refuse("these are not the same ones", allocator=allocator, watch={"update": 10})
+    for options, match in (
+        ({"address_channels": 8}, r"1\.\.7, but is 8"),
+        ({"gate": "hard"}, "gate must be one of"),
+        ({"sharpness": 0.0}, "sharpness must be positive"),
+        ({"budget": 0.5}, "at least 1 state"),
+        ({"token_channels": 0}, "token_channels"),
+    ):
+        arguments = {"token_channels": 8, "state_channels": 8, "address_channels": 4} | options
+        with pytest.raises(ValueError, match=match):
+            StateAllocator(**arguments)
+
+
+def test_refuses_states_of_other_machines():
+    machine, plain = machine_of(), make_machine(dtype=torch.float64, state_channels=CHANNELS)
+    x = torch.randn(4, 3, dtype=torch.float64)
+    state = machine.run(x).state
+    with pytest.raises(ValueError, match="this machine has no allocator"):
+        plain.run(x, state=state)
+    from dataclasses import replace
+
+    with pytest.raises(ValueError, match="one entry of gate"):
+        machine.run(x, state=replace(state, gate=None))
+    with pytest.raises(ValueError, match="must ascend"):
+        machine.run(x, state=replace(state, slots=state.slots.flip(0)))
