@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ class Partition:
     min_count: int
     max_count: int
     position: Tensor | None  #: ``[num_rows]``, each row's place in the flat padded view
+    _counts: list[int] | None = field(default=None, repr=False)
 
     @classmethod
     def from_ptr(cls, ptr: Tensor) -> Partition:
@@ -53,6 +54,15 @@ class Partition:
         return self.position is None
 
     @property
+    def counts(self) -> list[int]:
+        """Rows of every example; read from the device at the first call."""
+        if self._counts is None:
+            # Frozen: nobody sees a difference but the time.
+            object.__setattr__(self, "_counts", self.ptr.diff().tolist())
+        assert self._counts is not None
+        return self._counts
+
+    @property
     def batch(self) -> Tensor:
         """The example of every row, ``[num_rows]``."""
         return torch.repeat_interleave(self.ptr.diff(), output_size=self.num_rows)
@@ -61,6 +71,16 @@ class Partition:
     def place(self) -> Tensor:
         """The index of every row inside its example, ``[num_rows]``."""
         return torch.arange(self.num_rows, device=self.ptr.device) - self.ptr[self.batch]
+
+    def has_counts_of(self, other: Partition) -> bool:
+        """Whether every example has as many rows here as in the other partition."""
+        if other is self:
+            return True
+        if self.num_examples != other.num_examples or self.num_rows != other.num_rows:
+            return False
+        if self.is_uniform and other.is_uniform:
+            return True  # known without reading anything back from the device
+        return self.is_uniform == other.is_uniform and torch.equal(self.ptr, other.ptr)
 
     def pad(self, rows: Tensor) -> Tensor:
         """``[num_rows, ...]`` -> ``[B, max_count, ...]``, zeros where an example has fewer rows."""
@@ -83,9 +103,7 @@ class Partition:
 
     def to(self, device: torch.device | str) -> Partition:
         position = None if self.position is None else self.position.to(device)
-        return Partition(
-            self.ptr.to(device), self.num_rows, self.min_count, self.max_count, position
-        )
+        return replace(self, ptr=self.ptr.to(device), position=position)
 
 
 def ptr_from_batch(batch: Tensor, batch_size: int, name: str = "batch") -> Tensor:
