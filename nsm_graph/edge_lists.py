@@ -48,22 +48,6 @@ def compress_rows(index: Tensor, degree: Tensor | int, size: tuple[int, int]) ->
     return _narrow(ptr, index, torch.arange(index.numel(), device=index.device), num_src)
 
 
-def compress_causal(place: Tensor, counts: Tensor, num_edges: int) -> CompressedEdges:
-    """Causal edges by source, nothing sorted: source i of n goes to its targets i to n - 1.
-
-    Args:
-        place: Of each source in its example, ``[M]``.
-        counts: Nodes of the example of each source, ``[M]``.
-        num_edges: How many edges there are.
-    """
-    rows = torch.arange(place.numel(), device=place.device)
-    target, source = list_first_sources(counts - place, rows, num_edges)
-    degree = place + 1
-    first_edge = degree.cumsum(0) - degree
-    ptr = torch.cat([counts.new_zeros(1), (counts - place).cumsum(0)])
-    return _narrow(ptr, target, first_edge[target] + place[source], place.numel())
-
-
 def _narrow(ptr: Tensor, index: Tensor, perm: Tensor, num_others: int) -> CompressedEdges:
     if max(index.numel(), ptr.numel() - 1, num_others) <= _INT32_MAX:
         ptr, index = ptr.int(), index.int()

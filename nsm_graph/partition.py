@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,7 +20,6 @@ class Partition:
     min_count: int
     max_count: int
     position: Tensor | None  #: ``[num_rows]``, each row's place in the flat padded view
-    _counts: list[int] | None = field(default=None, repr=False)
 
     @classmethod
     def from_ptr(cls, ptr: Tensor) -> Partition:
@@ -52,15 +51,6 @@ class Partition:
     def is_uniform(self) -> bool:
         """Whether every example has the same number of rows (the padded view is then a view)."""
         return self.position is None
-
-    @property
-    def counts(self) -> list[int]:
-        """Rows of every example; read from the device at the first call."""
-        if self._counts is None:
-            # Frozen: nobody sees a difference but the time.
-            object.__setattr__(self, "_counts", self.ptr.diff().tolist())
-        assert self._counts is not None
-        return self._counts
 
     @property
     def batch(self) -> Tensor:
@@ -103,7 +93,9 @@ class Partition:
 
     def to(self, device: torch.device | str) -> Partition:
         position = None if self.position is None else self.position.to(device)
-        return replace(self, ptr=self.ptr.to(device), position=position)
+        return Partition(
+            self.ptr.to(device), self.num_rows, self.min_count, self.max_count, position
+        )
 
 
 def ptr_from_batch(batch: Tensor, batch_size: int, name: str = "batch") -> Tensor:

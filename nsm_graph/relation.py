@@ -21,7 +21,6 @@ from nsm_graph.edge_lists import (
     check_edge_index,
     check_rows,
     compress,
-    compress_causal,
     compress_rows,
     list_first_sources,
     list_rows,
@@ -308,9 +307,6 @@ class Relation:
     @property
     def csc(self) -> CompressedEdges:
         """Edges grouped by source; ``index`` holds their targets."""
-        if self._csc is None and self.is_causal and self.sources is not None:
-            counts = self.sources.ptr.diff()[self.sources.batch]
-            self._csc = compress_causal(self.sources.place, counts, self.num_edges)
         if self._csc is None:
             src, dst = self.edge_index
             self._csc = compress(src, dst, self.num_src, self.num_dst)

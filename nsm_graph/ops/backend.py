@@ -76,8 +76,11 @@ def _choose_causal(relation: Relation, normalise: str, has_bias: bool) -> Backen
 def is_one_by_one(relation: Relation) -> bool:
     """Whether the dense backend calls its kernel for each causal example instead of padding.
 
-    Compiled code never does: it would hold one call per example, and be compiled for each batch.
+    A GPU never does: it would wait for one launch after the other. Nor does compiled code: it would
+    hold one call per example, and be compiled again for each batch.
     """
+    if relation.device.type != "cpu":
+        return False
     if relation.fill >= MIN_CAUSAL_FILL or torch.compiler.is_compiling():
         return False
     return relation.num_edges >= MIN_CAUSAL_EDGES * relation.num_examples

@@ -113,7 +113,7 @@ def _attend_one_by_one(
 ) -> Tensor:
     """The same for each example by itself: as many calls as examples, and no padding."""
     assert relation.targets is not None
-    counts = relation.targets.counts
+    counts = relation.targets.ptr.diff().tolist()
     out_NHD = []
     for rows in zip(*(x.split(counts) for x in (q_NHD, k_NHD, v_NHD)), strict=True):
         q_1HND, k_1HND, v_1HND = (x_NHD.transpose(0, 1).unsqueeze(0) for x_NHD in rows)
