@@ -77,7 +77,12 @@ def route(
             f"{relation} does not give every example {num_columns} states, as many as there are "
             f"columns in logits; say with column= which column each state reads"
         )
-    name = choose_backend(relation, x.dtype, forced=backend).name
+    if backend == "dense" and relation.is_causal:
+        raise ValueError(
+            'backend "dense" of routing needs a complete relation, but this one is causal; use '
+            'backend="reference" or None'
+        )
+    name = choose_backend(relation, x.dtype, backend, normalise="source").name
     # The scores are a table here: there are no kernels for them on general edges.
     implementation = IMPLEMENTATIONS.get(name, reference.route)
     return implementation(logits, x, relation, column)
