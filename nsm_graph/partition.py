@@ -62,6 +62,16 @@ class Partition:
         """The index of every row inside its example, ``[num_rows]``."""
         return torch.arange(self.num_rows, device=self.ptr.device) - self.ptr[self.batch]
 
+    def has_counts_of(self, other: Partition) -> bool:
+        """Whether every example has as many rows here as in the other partition."""
+        if other is self:
+            return True
+        if self.num_examples != other.num_examples or self.num_rows != other.num_rows:
+            return False
+        if self.is_uniform and other.is_uniform:
+            return True  # known without reading anything back from the device
+        return self.is_uniform == other.is_uniform and torch.equal(self.ptr, other.ptr)
+
     def pad(self, rows: Tensor) -> Tensor:
         """``[num_rows, ...]`` -> ``[B, max_count, ...]``, zeros where an example has fewer rows."""
         if self.is_uniform:

@@ -1,8 +1,8 @@
 r"""Edge sets that know their structure.
 
 A :class:`Relation` is one set of edges from a source node set to a target node set. Layers and
-operations ask it what it knows (complete per example, grouped by target, or general) instead of
-finding out again.
+operations ask it what it knows (complete per example, causal, grouped by target, or general)
+instead of finding out again. Lists of its edges are made when somebody asks: `edge_lists.py`.
 
 Legend: M sources, N targets, E edges, B examples; a ``ptr`` of size B + 1 says which rows belong to
 which example, as in PyG.
@@ -11,31 +11,32 @@ which example, as in PyG.
 from __future__ import annotations
 
 from copy import copy
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from nsm_graph.partition import Partition, check_ptr, holds_integers, ptr_from_batch
-
-_INT32_MAX = 2**31 - 1
-
-
-class CompressedEdges(NamedTuple):
-    """Edges grouped by one of their ends (CSR by target, CSC by source)."""
-
-    ptr: Tensor  #: ``[groups + 1]``, int32 where it fits
-    index: Tensor  # type: ignore[assignment]  #: ``[E]``, the other ends, int32 where it fits
-    perm: Tensor  #: ``[E]``, which edge of the relation stands here, int64
+from nsm_graph.edge_lists import (
+    CompressedEdges,
+    as_edge_index,
+    check_edge_index,
+    check_rows,
+    compress,
+    compress_rows,
+    list_first_sources,
+    list_rows,
+    place_edges,
+    spread,
+)
+from nsm_graph.partition import Partition, check_ptr, ptr_from_batch
 
 
 class Relation:
     r"""One set of edges from M source nodes to N target nodes.
 
-    Build it with :meth:`complete`, :meth:`from_batch`, :meth:`from_rows` or
+    Build it with :meth:`complete`, :meth:`causal`, :meth:`from_batch`, :meth:`from_rows` or
     :meth:`from_edge_index`. The order of the edges is fixed: as given for a general relation; for
-    a complete one by example, then by target, then by source. Per-edge values (attention weights,
-    biases) always stand in this order.
+    a complete or causal one by example, then by target, then by source. Per-edge values (attention
+    weights, biases) always stand in this order.
 
     A relation may carry a ``bias``, which attention over it adds to its scores; see
     :meth:`with_bias`.
@@ -60,13 +61,17 @@ class Relation:
         csr: CompressedEdges | None = None,
         degree: int | None = None,
         bias: Tensor | None = None,
+        is_causal: bool = False,
     ) -> None:
         # Internal: no checks. The class methods below are the checked constructors.
         self._edge_index = edge_index
         self.num_src, self.num_dst = size
         self.sources = sources
         self.targets = targets
-        self.is_complete = edge_index is None and csr is None
+        #: Whether target i of each example hears exactly its sources 0..i; no edges are stored.
+        self.is_causal = is_causal
+        #: Whether every target hears all sources of its example; no edges are stored.
+        self.is_complete = edge_index is None and csr is None and not is_causal
         if csr is not None:
             num_edges = csr.index.numel()
         self.num_edges = (num_edges or 0) if edge_index is None else edge_index.size(1)
@@ -106,6 +111,48 @@ class Relation:
         sources = Partition.from_ptr(src_ptr)
         targets = sources if dst_ptr is src_ptr else Partition.from_ptr(dst_ptr)
         return cls.between(sources, targets)
+
+    @classmethod
+    def causal(cls, ptr: Tensor | list[int]) -> Relation:
+        r"""Node i of an example from its nodes 0 to i, itself included; stores no edges.
+
+        Args:
+            ptr: ``[B + 1]``; the nodes of example b are rows ``ptr[b]:ptr[b + 1]``.
+
+        Raises:
+            ValueError: If the pointer is not a non-decreasing integer vector that starts at 0.
+
+        Example:
+            >>> relation = Relation.causal([0, 3, 5])
+            >>> relation
+            Relation(5 -> 5, 9 edges, causal over 2 examples)
+            >>> relation.edge_index
+            tensor([[0, 0, 1, 0, 1, 2, 3, 3, 4],
+                    [0, 1, 1, 2, 2, 2, 3, 4, 4]])
+        """
+        nodes = Partition.from_ptr(check_ptr(ptr, "ptr"))
+        return cls.causal_between(nodes, nodes)
+
+    @classmethod
+    def causal_between(cls, sources: Partition, targets: Partition) -> Relation:
+        """Target i of an example from its sources 0 to i, of which there are as many as targets.
+
+        Raises:
+            ValueError: If an example has more of the ones than of the others.
+        """
+        if not sources.has_counts_of(targets):
+            raise ValueError(
+                f"a causal relation needs as many sources as targets in every example, but has "
+                f"{sources.num_rows} and {targets.num_rows} rows in {sources.num_examples} and "
+                f"{targets.num_examples} examples that differ; use topology.causal()"
+            )
+        if targets.is_uniform:
+            num_edges = targets.num_rows * (targets.max_count + 1) // 2
+        else:
+            counts = targets.ptr.diff()
+            num_edges = int((counts * (counts + 1)).sum()) // 2
+        size = (sources.num_rows, targets.num_rows)
+        return cls(None, size, sources, targets, num_edges, is_causal=True)
 
     @classmethod
     def between(cls, sources: Partition, targets: Partition) -> Relation:
@@ -151,31 +198,8 @@ class Relation:
             tensor([[1, 2, 0, 2, 0, 1],
                     [0, 0, 1, 1, 2, 2]])
         """
-        num_src, num_dst = size
-        is_fixed = isinstance(degree, int)
-        if index.dim() != 1 or (is_fixed and index.numel() != degree * num_dst):
-            raise ValueError(
-                f"index must hold {degree} sources for each of the {num_dst} targets, but has "
-                f"shape {tuple(index.shape)}"
-            )
-        if isinstance(degree, int):
-            ptr = torch.arange(num_dst + 1, device=index.device) * degree
-        else:
-            if degree.shape != (num_dst,):
-                raise ValueError(
-                    f"degree must be one number for each of the {num_dst} targets, but has shape "
-                    f"{tuple(degree.shape)}"
-                )
-            ptr = torch.cat([degree.new_zeros(1), degree.cumsum(0)])
-            # A wrong sum would read beyond the sources. Skipped where it would stop a GPU.
-            if not ptr.is_cuda and int(ptr[-1]) != index.numel():
-                raise ValueError(
-                    f"degree adds up to {int(ptr[-1])} edges, but index has {index.numel()}"
-                )
-        perm = torch.arange(index.numel(), device=index.device)
-        if max(index.numel(), num_src, num_dst) <= _INT32_MAX:
-            ptr, index = ptr.int(), index.int()
-        csr = CompressedEdges(ptr, index, perm)
+        check_rows(index, degree, size[1])
+        csr = compress_rows(index, degree, size)
         fixed = degree if isinstance(degree, int) else None
         return cls(None, size, sources, targets, csr=csr, degree=fixed)
 
@@ -202,36 +226,10 @@ class Relation:
         Raises:
             ValueError: If shape, type or an index is wrong.
         """
-        if not isinstance(edge_index, Tensor) or edge_index.dim() != 2 or edge_index.size(0) != 2:
-            got = tuple(edge_index.shape) if isinstance(edge_index, Tensor) else type(edge_index)
-            raise ValueError(f"edge_index must be a tensor of shape (2, E), but got {got}")
-        if not holds_integers(edge_index):
-            raise ValueError(
-                f"edge_index must hold integers, but has dtype {edge_index.dtype}; use .long()"
-            )
-        edge_index = edge_index.long()
-        if size is not None and torch.compiler.is_compiling():
-            return cls(edge_index, size)  # checks that read values happen in eager mode only
-        is_empty = edge_index.size(1) == 0
-        most = [-1, -1] if is_empty else edge_index.amax(dim=1).tolist()
-        least = 0 if is_empty else int(edge_index.min())
-        if least < 0:
-            shown = show_edges(edge_index, (edge_index < 0).any(0))
-            raise ValueError(
-                f"edge_index holds the negative index {least}; indices start at 0 ({shown})"
-            )
-        size = (most[0] + 1, most[1] + 1) if size is None else (int(size[0]), int(size[1]))
-        if min(size) < 0:
-            raise ValueError(f"size must be (num_src, num_dst), but is {size}")
-        for row, (name, index, rows) in enumerate(
-            zip(("source", "target"), most, size, strict=True)
-        ):
-            if index >= rows:
-                shown = show_edges(edge_index, edge_index[row] >= rows)
-                raise ValueError(
-                    f"edge_index names {name} {index}, but there are {rows} {name} nodes; {name}s "
-                    f"count from 0 ({shown})"
-                )
+        edge_index = as_edge_index(edge_index)
+        # Checks that read values happen in eager mode only.
+        if size is None or not torch.compiler.is_compiling():
+            size = check_edge_index(edge_index, size)
         return cls(edge_index, size)
 
     # What it knows ##############################################################
@@ -252,7 +250,7 @@ class Relation:
 
     @property
     def num_examples(self) -> int:
-        """Examples of a complete relation; a general one may count as a single example."""
+        """Examples of a complete or causal relation; a general one may count as one example."""
         return 1 if self.sources is None else self.sources.num_examples
 
     @property
@@ -268,9 +266,14 @@ class Relation:
 
     @property
     def fill(self) -> float:
-        """Share of the padded dense view that holds edges; 1 for a uniform relation."""
+        """Share of the padded dense view that holds edges; 1 where all examples are alike.
+
+        Of a causal relation's view, what lies after the target does not count: it is no padding.
+        """
         num_examples, rows, columns = self._dense_shape
         dense = num_examples * rows * columns
+        if self.is_causal:
+            dense = num_examples * rows * (rows + 1) // 2
         return self.num_edges / dense if dense > 0 else 1.0
 
     # Made when first asked for. Not functools.cached_property: its lock breaks a compiled graph.
@@ -279,15 +282,26 @@ class Relation:
     def edge_index(self) -> Tensor:
         """``[2, E]``, int64, in the relation's own order."""
         if self._edge_index is None:
-            self._edge_index = self._implied_edges() if self.is_complete else self._listed_rows()
+            self._edge_index = self._list_edges()
         return self._edge_index
+
+    def _list_edges(self) -> Tensor:
+        if self._csr is not None:
+            return list_rows(self._csr)
+        assert self.sources is not None
+        assert self.targets is not None
+        first = self.sources.ptr[self.targets.batch]
+        return list_first_sources(self.in_degree, first, self.num_edges)
 
     @property
     def csr(self) -> CompressedEdges:
         """Edges grouped by target; ``index`` holds their sources."""
         if self._csr is None:
             src, dst = self.edge_index
-            self._csr = _compress(dst, src, self.num_dst, self.num_src)
+            if self.is_complete or self.is_causal:  # stands by target already
+                self._csr = compress_rows(src, self.in_degree, self.size)
+            else:
+                self._csr = compress(dst, src, self.num_dst, self.num_src)
         return self._csr
 
     @property
@@ -295,45 +309,34 @@ class Relation:
         """Edges grouped by source; ``index`` holds their targets."""
         if self._csc is None:
             src, dst = self.edge_index
-            self._csc = _compress(src, dst, self.num_src, self.num_dst)
+            self._csc = compress(src, dst, self.num_src, self.num_dst)
         return self._csc
+
+    @property
+    def in_degree(self) -> Tensor:
+        """``[N]``, how many edges enter each target."""
+        if self.is_causal and self.targets is not None:
+            return self.targets.place + 1
+        if self.is_complete and self.sources is not None and self.targets is not None:
+            return self.sources.ptr.diff()[self.targets.batch]
+        if self._csr is not None:
+            return self._csr.ptr.diff().long()
+        dst = self.edge_index[1]
+        return dst.new_zeros(self.num_dst).index_add(0, dst, torch.ones_like(dst))
 
     @property
     def has_in_edge(self) -> Tensor:
         """``[N]``, true for targets that at least one edge enters."""
-        if self.is_complete and self.sources is not None and self.targets is not None:
-            return (self.sources.ptr.diff() > 0)[self.targets.batch]
-        if self._csr is not None:
-            return self._csr.ptr.diff() > 0
-        mask = torch.zeros(self.num_dst, dtype=torch.bool, device=self.device)
-        mask[self.edge_index[1]] = True
-        return mask
+        return self.in_degree > 0
 
     @property
     def reaches_every_target(self) -> bool:
         """Whether an edge is known to enter every target, without looking at the edges."""
+        if self.is_causal:
+            return True
         if self.degree is not None:
             return self.degree > 0
         return self.is_complete and self.sources is not None and self.sources.min_count > 0
-
-    def _implied_edges(self) -> Tensor:
-        assert self.sources is not None
-        assert self.targets is not None
-        # Target-major: each target repeats the sources of its example.
-        counts = self.sources.ptr.diff()
-        example_of_target = self.targets.batch
-        degree = counts[example_of_target]
-        target = torch.repeat_interleave(degree, output_size=self.num_edges)
-        first_edge = degree.cumsum(0) - degree
-        within = torch.arange(self.num_edges, device=self.device) - first_edge[target]
-        return torch.stack([self.sources.ptr[example_of_target[target]] + within, target])
-
-    def _listed_rows(self) -> Tensor:
-        assert self._csr is not None
-        targets = torch.arange(self.num_dst, device=self.device)
-        degree = self._csr.ptr.diff().long()
-        target = targets.repeat_interleave(degree, output_size=self.num_edges)
-        return torch.stack([self._csr.index.long(), target])
 
     # Changes ####################################################################
 
@@ -372,7 +375,8 @@ class Relation:
     def reverse(self) -> Relation:
         """The same edges from targets to sources, with the bias they carry.
 
-        A general relation keeps its edge order; a complete one has the complete order again.
+        A general or causal relation keeps its edge order, and is general then; a complete one has
+        the complete order again.
         """
         size = (self.num_dst, self.num_src)
         if self.is_complete and self.bias is None:
@@ -419,13 +423,7 @@ class Relation:
         shape = self._dense_shape
         if self.is_uniform:
             return values.reshape(*shape, *values.shape[1:])
-        flat = values.new_zeros(shape[0] * shape[1] * shape[2], *values.shape[1:])
-        flat = flat.index_add(0, self._dense_position, values)
-        if fill != 0.0:
-            holds_edge = torch.zeros(flat.size(0), dtype=torch.bool, device=flat.device)
-            holds_edge[self._dense_position] = True
-            flat = flat.masked_fill(~holds_edge.view(-1, *[1] * (flat.dim() - 1)), fill)
-        return flat.unflatten(0, shape)
+        return spread(values, self._dense_position, shape, fill)
 
     def from_dense(self, dense: Tensor) -> Tensor:
         """``[B, targets, sources, ...]`` -> per-edge values ``[E, ...]``."""
@@ -447,34 +445,18 @@ class Relation:
     def _dense_position(self) -> Tensor:
         """Place of each edge in the flattened dense view."""
         if self._positions is None:
-            self._positions = self._place_edges()
+            ends = self.num_src, self.sources, self.targets
+            self._positions = place_edges(self.edge_index, *ends)
         return self._positions
 
-    def _place_edges(self) -> Tensor:
-        src, dst = self.edge_index
-        if self.sources is None or self.targets is None:
-            return dst * self.num_src + src
-        example = self.targets.batch[dst]
-        row = dst - self.targets.ptr[example]
-        column = src - self.sources.ptr[example]
-        return (example * self.targets.max_count + row) * self.sources.max_count + column
-
     def __repr__(self) -> str:
-        kind = f"complete over {self.num_examples} examples" if self.is_complete else "general"
+        kind = "general"
+        if self.is_complete or self.is_causal:
+            structure = "complete" if self.is_complete else "causal"
+            kind = f"{structure} over {self.num_examples} examples"
         if self.degree is not None:
             kind = f"{self.degree} a target"
         return f"Relation({self.num_src} -> {self.num_dst}, {self.num_edges} edges, {kind})"
-
-
-def show_edges(edge_index: Tensor, is_wrong: Tensor) -> str:
-    """The first few edges of which something is said, for an error: ``edge 3: 8 -> 0, ...``."""
-    wrong = is_wrong.nonzero().flatten()
-    shown = [
-        f"edge {e}: {s} -> {t}"
-        for e, s, t in zip(wrong[:3].tolist(), *edge_index[:, wrong[:3]].tolist(), strict=True)
-    ]
-    more = wrong.numel() - len(shown)
-    return ", ".join(shown) + (f" and {more} more" if more > 0 else "")
 
 
 def as_relation(edges: Tensor | Relation, size: tuple[int, int]) -> Relation:
@@ -493,14 +475,3 @@ def check_size(relation: Relation, size: tuple[int, int]) -> None:
                 f"relation goes {side} {rows} nodes, but their features have {given} rows; "
                 f"build both from the same batch"
             )
-
-
-def _compress(group: Tensor, other: Tensor, num_groups: int, num_others: int) -> CompressedEdges:
-    perm = torch.argsort(group, stable=True)
-    # Not bincount: a compiler cannot know how long its result is.
-    counts = group.new_zeros(num_groups).index_add(0, group, torch.ones_like(group))
-    ptr = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    index = other[perm]
-    if max(group.numel(), num_groups, num_others) <= _INT32_MAX:
-        ptr, index = ptr.int(), index.int()
-    return CompressedEdges(ptr, index, perm)

@@ -97,6 +97,7 @@ def small(monkeypatch):
     monkeypatch.setattr(attention, "SPARSE", ((300, 3, 2, 8), (100, 9, 1, 5)))
     monkeypatch.setattr(attention, "ROUTING", ((400, 2, 9, 2, 4),))
     monkeypatch.setattr(attention, "COMPLETE", ((4, 3, 5, 2, 8),))
+    monkeypatch.setattr(attention, "CAUSAL", ((4, 6, 2, 8),))
     monkeypatch.setattr(attention, "LARGE", (4096, 16, 2, 32))
     monkeypatch.setattr(
         attention,
@@ -107,9 +108,10 @@ def small(monkeypatch):
 
 def test_attention_is_checked_and_timed(small):
     records = bench_attention(repetitions=1, scale=0.5)
-    assert [record.peer for record in records] == ["PyG", "PyG", "SDPA"]
-    assert [record.target for record in records] == [12.0, 12.0, 0.95]
-    assert [record.case.split()[0] for record in records] == ["sparse", "sparse", "complete"]
+    assert [record.peer for record in records] == ["PyG", "PyG", "SDPA", "SDPA", "edge list"]
+    assert [record.target for record in records] == [12.0, 12.0, 0.95, 0.95, 1.0]
+    names = ["sparse", "sparse", "complete", "causal", "causal"]
+    assert [record.case.split()[0] for record in records] == names
     for record in records:
         assert record.correct and record.ours_ms > 0 and record.peer_ms > 0
         assert record.measure == "ms" and record.ratio == record.peer_ms / record.ours_ms

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import nsm_graph.edge_lists
 import nsm_graph.relation
 from nsm_graph import Partition, Relation
 from nsm_graph.partition import ptr_from_batch
@@ -225,7 +226,7 @@ def test_csr_and_csc_of_complete_relations(pairs):
 def test_compressed_forms_widen_where_int32_does_not_fit(monkeypatch, edges, size):
     edge_index = torch.tensor(edges)
     for limit, dtype in ((6, torch.int32), (5, torch.int64)):
-        monkeypatch.setattr(nsm_graph.relation, "_INT32_MAX", limit)
+        monkeypatch.setattr(nsm_graph.edge_lists, "_INT32_MAX", limit)
         relation = Relation.from_edge_index(edge_index, size)
         for compressed in (relation.csr, relation.csc):
             assert compressed.ptr.dtype == compressed.index.dtype == dtype

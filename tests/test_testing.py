@@ -110,10 +110,10 @@ def use(monkeypatch, backend):
     monkeypatch.setitem(BACKENDS, "broken", backend)
     choose = module["choose_backend"]
 
-    def choose_broken(relation, dtype, forced=None):
+    def choose_broken(relation, dtype, forced=None, **options):
         if forced == "broken":
             return module["BackendChoice"]("broken", "test")
-        return choose(relation, dtype, forced)
+        return choose(relation, dtype, forced, **options)
 
     monkeypatch.setitem(module, "choose_backend", choose_broken)
 

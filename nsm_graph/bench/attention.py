@@ -22,6 +22,8 @@ SPARSE = ((4096, 16, 4, 32), (4096, 32, 4, 16))
 ROUTING = ((16_384, 4, 1024, 4, 16),)
 #: Examples, targets and sources of each, heads, channels a head.
 COMPLETE = ((32, 16, 64, 4, 16), (8, 256, 1024, 4, 32))
+#: Examples, nodes of each, heads, channels a head.
+CAUSAL = ((1, 2048, 4, 32), (16, 256, 4, 32))
 #: Targets, edges of each, heads, channels a head: a million edges.
 LARGE = (65_536, 16, 4, 32)
 
@@ -29,7 +31,9 @@ Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def bench_attention(*, repetitions: int = 5, scale: float = 1.0) -> list[BenchRecord]:
-    """General edges grouped by target, and complete relations, each beside its peers.
+    """General edges grouped by target, complete and causal relations, each beside its peers.
+
+    A causal relation stands beside the same edges in a list as well, compressed beforehand.
 
     Args:
         repetitions: Timed turns of each.
@@ -47,6 +51,16 @@ def bench_attention(*, repetitions: int = 5, scale: float = 1.0) -> list[BenchRe
         relation = Relation.complete(*ptrs)
         case = f"complete B{examples} {num} x {length} H{heads} D{channels}"
         peers = {"SDPA": partial(_dense_view, relation)}
+        targets = {"SDPA": 0.95}
+        records += _compare(case, relation, heads, channels, "target", peers, targets, repetitions)
+    for examples, num, heads, channels in CAUSAL:
+        examples, num = max(int(examples * scale), 1), max(int(num * scale), 1)
+        relation = Relation.causal(torch.arange(examples + 1) * num)
+        case = f"causal B{examples} {num} nodes H{heads} D{channels}"
+        peers = {
+            "SDPA": partial(_dense_view, relation),
+            "edge list": partial(_edge_list, relation),
+        }
         targets = {"SDPA": 0.95}
         records += _compare(case, relation, heads, channels, "target", peers, targets, repetitions)
     return records
@@ -129,6 +143,11 @@ def _dgl(relation: Relation, normalise: str) -> Attention:
     return attend
 
 
+def _edge_list(relation: Relation) -> Attention:
+    """The edges without what is known of them."""
+    return _ours(Relation.from_edge_index(relation.edge_index, relation.size), "target")
+
+
 def _graph_peers(relation: Relation, normalise: str) -> dict[str, Callable[[], Attention]]:
     peers: dict[str, Callable[[], Attention]] = {
         "PyG": lambda: _pyg(relation, normalise),
@@ -146,7 +165,9 @@ def _dense_view(relation: Relation) -> Attention:
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q_BHND, k_BHLD, v_BHLD = (x.unflatten(0, shape).transpose(1, 2) for x in (q, k, v))
-        out_BHND = F.scaled_dot_product_attention(q_BHND, k_BHLD, v_BHLD)
+        out_BHND = F.scaled_dot_product_attention(
+            q_BHND, k_BHLD, v_BHLD, is_causal=relation.is_causal
+        )
         return out_BHND.transpose(1, 2).flatten(0, 1)
 
     return attend

@@ -218,7 +218,7 @@ class TokenToStateRouter(MessagePassing):
                 src, dst = used.edge_index
                 routed = group_sum(x[src] * weights.unsqueeze(1), dst, used.num_dst)
         if self.routing_reduce == "mean":
-            routed = routed / in_degree(relation).clamp(min=1).unsqueeze(1).to(routed)
+            routed = routed / relation.in_degree.clamp(min=1).unsqueeze(1).to(routed)
         return Routing(routed, weights, used)
 
     def _route_watched(
@@ -273,10 +273,3 @@ def keep_top_k(relation: Relation, weights: Tensor, k: int) -> tuple[Tensor, Ten
     kept = order[rank < k].sort().values
     total = group_sum(weights[kept], src[kept], relation.num_src)
     return kept, weights[kept] / total[src[kept]]
-
-
-def in_degree(relation: Relation) -> Tensor:
-    """How many edges enter each target, ``[N]``."""
-    if relation.is_complete and relation.sources is not None and relation.targets is not None:
-        return relation.sources.ptr.diff()[relation.targets.batch]
-    return torch.bincount(relation.edge_index[1], minlength=relation.num_dst)

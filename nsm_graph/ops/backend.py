@@ -17,6 +17,13 @@ NEEDS_TRITON = "needs Triton: pip install 'nsm-graph[gpu]'"
 #: A ragged complete relation is padded if at least this share of the padded block holds edges.
 MIN_DENSE_FILL = 0.5
 
+#: The same for a causal relation, whose edges cost sparse kernels little where rows are short.
+MIN_CAUSAL_FILL = 0.75
+
+#: Ragged causal examples that hold at least so many edges on average (those of 128 nodes do) are
+#: attended to one by one, without padding, rather than edge by edge.
+MIN_CAUSAL_EDGES = 8192
+
 
 class BackendChoice(NamedTuple):
     """A backend's name and the reason it was chosen."""
@@ -26,7 +33,12 @@ class BackendChoice(NamedTuple):
 
 
 def choose_backend(
-    relation: Relation, dtype: torch.dtype, forced: str | None = None
+    relation: Relation,
+    dtype: torch.dtype,
+    forced: str | None = None,
+    *,
+    normalise: str = "target",
+    has_bias: bool = False,
 ) -> BackendChoice:
     """The first row of the table that fits; see :func:`explain`."""
     if forced is not None:
@@ -34,6 +46,8 @@ def choose_backend(
         return BackendChoice(forced, "forced by backend=")
     if dtype == torch.float64:
         return BackendChoice("reference", "float64 asks for exactness and second derivatives")
+    if relation.is_causal:
+        return _choose_causal(relation, normalise, has_bias)
     if not relation.is_complete:
         return _choose_sparse(relation, "general edges")
     if relation.is_uniform:
@@ -42,6 +56,34 @@ def choose_backend(
     if relation.fill >= MIN_DENSE_FILL:
         return BackendChoice("dense", "complete and ragged, enough of the padding full")
     return _choose_sparse(relation, "complete and ragged, too little of the padding full")
+
+
+def _choose_causal(relation: Relation, normalise: str, has_bias: bool) -> BackendChoice:
+    """The dense kernel leaves out the half that no edge fills, but knows neither of these two."""
+    if normalise == "source":
+        return _choose_sparse(relation, "causal, grouped by source")
+    if has_bias:
+        return _choose_sparse(relation, "causal, with a bias")
+    if relation.targets is not None and relation.targets.is_uniform:
+        return BackendChoice("dense", "causal and uniform: one dense block per example")
+    if relation.fill >= MIN_CAUSAL_FILL:
+        return BackendChoice("dense", "causal and ragged, enough of the padding full")
+    if is_one_by_one(relation):
+        return BackendChoice("dense", "causal and ragged, long examples: one by one")
+    return _choose_sparse(relation, "causal and ragged, too little of the padding full")
+
+
+def is_one_by_one(relation: Relation) -> bool:
+    """Whether the dense backend calls its kernel for each causal example instead of padding.
+
+    A GPU never does: it would wait for one launch after the other. Nor does compiled code: it would
+    hold one call per example, and be compiled again for each batch.
+    """
+    if relation.device.type != "cpu":
+        return False
+    if relation.fill >= MIN_CAUSAL_FILL or torch.compiler.is_compiling():
+        return False
+    return relation.num_edges >= MIN_CAUSAL_EDGES * relation.num_examples
 
 
 def _choose_sparse(relation: Relation, reason: str) -> BackendChoice:
@@ -53,15 +95,29 @@ def _choose_sparse(relation: Relation, reason: str) -> BackendChoice:
     return BackendChoice("reference", f"{reason}; {lacks}")
 
 
-def explain(relation: Relation, dtype: torch.dtype = torch.float32) -> BackendChoice:
+def explain(
+    relation: Relation,
+    dtype: torch.dtype = torch.float32,
+    *,
+    normalise: str = "target",
+    has_bias: bool = False,
+) -> BackendChoice:
     r"""Says which backend serves a relation, and why.
+
+    Args:
+        relation: The edges.
+        dtype: Of query, key and value. (default: :obj:`torch.float32`)
+        normalise: As for the operation. (default: :obj:`"target"`)
+        has_bias: Whether the call brings a bias; that of the relation counts by itself.
+            (default: :obj:`False`)
 
     Example:
         >>> explain(Relation.complete([0, 4, 8], [0, 2, 4])).name
         'dense'
     """
-    name, reason = choose_backend(relation, dtype)
-    if reason.startswith("complete and ragged"):
+    has_bias = has_bias or relation.bias is not None
+    name, reason = choose_backend(relation, dtype, normalise=normalise, has_bias=has_bias)
+    if "and ragged" in reason:
         reason += f" ({relation.fill:.0%} full)"
     return BackendChoice(name, reason)
 
@@ -74,7 +130,7 @@ def available_backends() -> list[tuple[str, bool, str]]:
     on_gpu = " and a GPU (Triton)" if HAS_TRITON else f"; a GPU {NEEDS_TRITON}"
     return [
         ("reference", True, "gather, softmax, scatter; any edges, any order of derivative"),
-        ("dense", True, "scaled_dot_product_attention; complete relations"),
+        ("dense", True, "scaled_dot_product_attention; complete and causal relations"),
         ("sparse", True, f"kernels, no messages per edge; any edges on a CPU (Numba){on_gpu}"),
         ("segment_csr", HAS_TORCH_SCATTER, f"{has_scatter}; only where forced"),
     ]
@@ -89,8 +145,8 @@ def _check_forced(name: str, relation: Relation) -> None:
         raise ValueError(f"backend {name!r} is not available: {why}")
     if name == "sparse" and relation.device.type == "cuda" and not HAS_TRITON:
         raise ValueError(f'backend "sparse" on {relation.device} {NEEDS_TRITON}')
-    if name == "dense" and not relation.is_complete:
+    if name == "dense" and not (relation.is_complete or relation.is_causal):
         raise ValueError(
-            'backend "dense" needs a complete relation, but this one holds general edges; '
-            'use backend="reference" or None'
+            'backend "dense" needs a complete relation or a causal one, but this one holds general '
+            'edges; use backend="reference" or None'
         )

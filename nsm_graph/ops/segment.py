@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch_geometric.utils import scatter, softmax
 
-from nsm_graph.relation import CompressedEdges
+from nsm_graph.edge_lists import CompressedEdges
 
 HAS_TORCH_SCATTER = find_spec("torch_scatter") is not None
 

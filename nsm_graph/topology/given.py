@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from nsm_graph.relation import Relation, show_edges
+from nsm_graph.edge_lists import show_edges
+from nsm_graph.relation import Relation
 from nsm_graph.topology.base import Pattern, Topology
 from nsm_graph.topology.checks import as_cpu_index
 from nsm_graph.topology.rows import Rows, rows_from_keys

@@ -52,6 +52,8 @@ def window(width: int, by: str | None = None) -> Topology:
 def causal(by: str | None = None) -> Topology:
     r"""Each node from itself and all before it.
 
+    By place it stores no edges: attention over it is a dense triangle per example.
+
     Args:
         by: As in :func:`band`: nodes with an equal attribute see each other.
             (default: :obj:`None`)
@@ -60,7 +62,7 @@ def causal(by: str | None = None) -> Topology:
         >>> causal()(NodeSet.from_counts([3])).csr.index
         tensor([0, 0, 1, 0, 1, 2], dtype=torch.int32)
     """
-    return _span("causal(", None, 0, by)
+    return Causal() if by is None else AttributeSpan("causal(", None, 0, by)
 
 
 def dilated(width: int, dilation: int) -> Topology:
@@ -122,6 +124,20 @@ class Span(Pattern):
 
     def __repr__(self) -> str:
         return self.name
+
+
+class Causal(Span):
+    """Sources up to the target's own place; known without a list where both sets count alike."""
+
+    def __init__(self) -> None:
+        super().__init__("causal()", None, 0)
+
+    def forward(self, sources: NodeSet, targets: NodeSet | None = None) -> Relation:
+        targets = sources if targets is None else targets
+        check_examples(self, sources, targets)
+        if sources.nodes.has_counts_of(targets.nodes):
+            return Relation.causal_between(sources.nodes, targets.nodes)
+        return super().forward(sources, targets)
 
 
 class Dilated(Pattern):

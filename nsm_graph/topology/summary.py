@@ -6,7 +6,6 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
 from nsm_graph.relation import Relation
 from nsm_graph.topology.spectrum import spectral_gap
@@ -62,9 +61,10 @@ def summarise(relation: Relation, name: str) -> Summary:
     num_src, num_dst = relation.size
     if relation.is_complete:
         least = most = num_src
+    elif relation.is_causal:
+        least, most = 1, num_dst
     else:
-        degree = torch.bincount(relation.edge_index[1], minlength=num_dst)
-        least, most = (int(value) for value in degree.aminmax())
+        least, most = (int(value) for value in relation.in_degree.aminmax())
     is_one_set = relation.sources is relation.targets
     return Summary(
         name,
@@ -86,6 +86,8 @@ def diameter(relation: Relation) -> float:
     num_nodes = relation.num_src
     if relation.is_complete:
         return float(num_nodes > 1)
+    if relation.is_causal:  # nothing leads back to the first node
+        return math.inf if num_nodes > 1 else 0.0
     ptr, index, _ = (part.cpu().numpy() for part in relation.csr)
     words = (num_nodes + 63) // 64
     reached = np.zeros((num_nodes, words), dtype=np.uint64)

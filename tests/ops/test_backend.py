@@ -8,6 +8,7 @@ from nsm_graph.ops.backend import choose_backend
 from nsm_graph.relation import Relation
 
 GENERAL = Relation.from_edge_index(torch.tensor([[0], [0]]))
+CAUSAL = Relation.causal([0, 3, 6])
 UNIFORM = Relation.complete([0, 3, 6], [0, 2, 4])
 HALF_FULL = Relation.complete([0, 4, 4], [0, 2, 4])
 MOSTLY_EMPTY = Relation.complete([0, 4, 4, 4], [0, 2, 4, 6])
@@ -31,12 +32,56 @@ MOSTLY_EMPTY = Relation.complete([0, 4, 4, 4], [0, 2, 4, 6])
         (HALF_FULL, torch.float32, "dense", "enough of the padding full (50% full)"),
         (MOSTLY_EMPTY, torch.float32, "sparse", "too little of the padding full (33% full)"),
         (Relation.complete([0], [0]), torch.float32, "dense", "uniform"),
+        (CAUSAL, torch.float64, "reference", "float64"),
+        (CAUSAL, torch.float32, "dense", "causal and uniform"),
+        (Relation.causal([0]), torch.float32, "dense", "causal and uniform"),
+        (CAUSAL.with_bias(torch.zeros(12)), torch.float32, "sparse", "causal, with a bias"),
+        (
+            Relation.causal([0, 4, 7]),
+            torch.float32,
+            "dense",
+            "causal and ragged, enough of the padding full (80% full)",
+        ),
+        (
+            Relation.causal([0, 3, 4]),
+            torch.float32,
+            "sparse",
+            "causal and ragged, too little of the padding full (58% full)",
+        ),
+        (
+            Relation.causal([0, 256, 272]),
+            torch.float32,
+            "dense",
+            "causal and ragged, long examples: one by one (50% full)",
+        ),
     ],
 )
 def test_explain(relation, dtype, name, reason):
     choice = explain(relation, dtype)
     assert choice.name == name
     assert reason in choice.reason
+
+
+def test_what_a_causal_call_brings_decides_too():
+    assert explain(CAUSAL, has_bias=True) == ("sparse", "causal, with a bias")
+    assert explain(CAUSAL, normalise="source") == ("sparse", "causal, grouped by source")
+    assert explain(UNIFORM, normalise="source", has_bias=True).name == "dense"
+
+
+def test_the_operation_tells_the_table_what_a_call_brings(monkeypatch):
+    calls = []
+    for name in ("dense", "sparse"):
+        monkeypatch.setitem(
+            edge_attention.__globals__["BACKENDS"],
+            name,
+            lambda *args, name=name, **options: calls.append(name),
+        )
+    q = torch.zeros(6, 1, 1)
+    edge_attention(q, q, q, CAUSAL)
+    edge_attention(q, q, q, CAUSAL, bias=torch.zeros(12))
+    edge_attention(q, q, q, CAUSAL.with_bias(torch.zeros(12)))
+    edge_attention(q, q, q, CAUSAL, normalise="source")
+    assert calls == ["dense", "sparse", "sparse", "sparse"]
 
 
 def test_a_forced_backend_is_used_whatever_the_table_says():

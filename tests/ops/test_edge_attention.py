@@ -11,6 +11,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
 
+import nsm_graph.ops.backend
 from nsm_graph.ops.backend import HAS_TORCH_SCATTER
 from nsm_graph.ops.cpu import threads
 from nsm_graph.ops.edge_attention import (
@@ -43,6 +44,16 @@ COMPLETE = {
     "empty examples": ([0, 0], [0, 0]),
     "no examples": ([], []),
 }
+# Nodes of each example.
+CAUSAL = {
+    "causal": [4, 4, 4],
+    "causal, one node": [1],
+    "causal, 63 nodes": [63],
+    "causal, ragged": [5, 0, 2, 9, 1],
+    "causal, thin": [33, 1, 1],
+    "causal, no nodes": [0, 0],
+    "causal, no examples": [],
+}
 # Number of sources, targets and edges; far more edges than pairs make duplicates, far fewer leave
 # nodes alone.
 GENERAL = {
@@ -60,6 +71,10 @@ def complete(name):
     src, dst = COMPLETE[name]
     ptrs = (torch.tensor([0, *counts]).cumsum(0) for counts in (src, dst))
     return Relation.complete(*ptrs)
+
+
+def causal(name):
+    return Relation.causal(torch.tensor([0, *CAUSAL[name]]).cumsum(0))
 
 
 def general(name):
@@ -157,6 +172,7 @@ class Contract:
 
     def relations(self):
         yield from ((name, complete(name)) for name in COMPLETE)
+        yield from ((name, causal(name)) for name in CAUSAL)
         if self.serves_general:
             yield from ((name, general(name)) for name in GENERAL)
             ragged = complete("ragged")
@@ -259,10 +275,10 @@ class Contract:
     @pytest.mark.parametrize("normalise", NORMALISE)
     @pytest.mark.parametrize("scale", [0.0, 1.0, -2.5])
     def test_scale_replaces_the_root_of_the_channels(self, normalise, scale):
-        relation = complete("ragged")
-        q, k, v = inputs(relation)
-        out = self.attend(q, k, v, relation, normalise=normalise, scale=scale)
-        equal(out, oracle(q, k, v, relation.edge_index, None, normalise, scale), 1e-10)
+        for relation in (complete("ragged"), causal("causal, ragged")):
+            q, k, v = inputs(relation)
+            out = self.attend(q, k, v, relation, normalise=normalise, scale=scale)
+            equal(out, oracle(q, k, v, relation.edge_index, None, normalise, scale), 1e-10)
 
     @pytest.mark.parametrize("kind", ["none", "EH", "E -inf"])
     @pytest.mark.parametrize("normalise", NORMALISE)
@@ -295,6 +311,20 @@ class Contract:
             assert grad[rows].isfinite().all()
 
     @pytest.mark.parametrize("bad", [math.nan, math.inf])
+    @pytest.mark.parametrize("normalise", NORMALISE)
+    def test_a_broken_causal_example_does_not_reach_its_neighbours(self, normalise, bad):
+        relation = Relation.causal([0, 3, 7, 9])
+        given = inputs(relation)
+        clean = self.attend(*given, relation, normalise=normalise)
+        for tensor in given:
+            tensor.data[3:7] = bad
+        out = self.attend(*given, relation, normalise=normalise)
+        mine = torch.tensor([0, 1, 2, 7, 8])
+        assert torch.equal(out[mine], clean[mine])
+        for grad in torch.autograd.grad(out[mine].sum(), given):
+            assert grad[mine].isfinite().all()
+
+    @pytest.mark.parametrize("bad", [math.nan, math.inf])
     def test_nothing_comes_from_sources_without_edges(self, bad):
         relation = complete("sources and targets never meet")
         q, k, v = inputs(relation)
@@ -317,8 +347,30 @@ class Contract:
             one = self.attend(q[rows_dst], k[rows_src], v[rows_src], alone)
             assert (out[rows_dst] - one).norm() <= 1e-5 * one.norm()
 
-    def test_compiles_without_graph_breaks(self):
-        relation = complete("ragged")
+    def test_causal_examples_do_not_depend_on_their_neighbours(self):
+        counts = CAUSAL["causal, ragged"]
+        relation = causal("causal, ragged")
+        given = inputs(relation, torch.float32)
+        out = self.attend(*given, relation)
+        split = zip(*(x.split(counts) for x in (out, *given)), strict=True)
+        for rows, *mine in split:
+            one = self.attend(*mine, Relation.causal([0, len(rows)]))
+            assert (rows - one).norm() <= 1e-5 * one.norm()
+
+    def test_a_causal_target_does_not_depend_on_what_comes_later(self):
+        relation = causal("causal, 63 nodes")
+        q, k, v = inputs(relation, torch.float32)
+        out = self.attend(q, k, v, relation)
+        for tensor in (q, k, v):
+            tensor.data[40:] = 7.0
+        assert torch.equal(self.attend(q, k, v, relation)[:40], out[:40])
+        first = torch.autograd.grad(self.attend(q, k, v, relation)[:40].sum(), [k, v])
+        assert all((grad[40:] == 0).all() for grad in first)
+
+    @pytest.mark.parametrize("name", ["complete", "causal", "causal, ragged", "causal, no nodes"])
+    def test_compiles_without_graph_breaks(self, name):
+        torch.compiler.reset()  # one function may be compiled for few relations only
+        relation = complete("ragged") if name == "complete" else causal(name)
         q, k, v = inputs(relation, torch.float32)
         compiled = torch.compile(edge_attention, backend="eager", fullgraph=True)
         eager = self.attend(q, k, v, relation)
@@ -330,10 +382,12 @@ class Differentiable(Contract):
 
     @pytest.mark.parametrize("with_bias", [False, True])
     @pytest.mark.parametrize("normalise", NORMALISE)
-    @pytest.mark.parametrize("kind", ["complete", "general"])
+    @pytest.mark.parametrize("kind", ["complete", "causal", "general"])
     def test_first_and_second_derivatives(self, kind, normalise, with_bias):
         if kind == "complete":
             relation = Relation.complete([0, 2, 2, 3], [0, 1, 3, 4])
+        elif kind == "causal":
+            relation = Relation.causal([0, 3, 3, 4])
         else:
             # A duplicate edge, a source and a target alone.
             edges = torch.tensor([[0, 0, 1, 1, 2], [0, 0, 0, 1, 1]])
@@ -503,6 +557,7 @@ class TestSparse(Differentiable):
             torch.library.opcheck(sparse._attend, arguments)
 
     def test_compiled_code_has_gradients_without_a_break(self):
+        torch.compiler.reset()
         relation = general("33 to 63")
         q, k, v = inputs(relation, torch.float32)
         compiled = torch.compile(edge_attention, backend="aot_eager", fullgraph=True)
@@ -525,6 +580,24 @@ class TestDense(Contract):
         relation = general("one")
         with pytest.raises(ValueError, match='"dense" needs a complete relation'):
             self.attend(*inputs(relation), relation)
+
+
+class TestDenseOneByOne(TestDense):
+    """Causal examples as if they were long: each by itself, without padding."""
+
+    @pytest.fixture(autouse=True)
+    def short_examples_count_as_long(self, monkeypatch):
+        monkeypatch.setattr(nsm_graph.ops.backend, "MIN_CAUSAL_EDGES", 0)
+        monkeypatch.setattr(nsm_graph.ops.backend, "MIN_CAUSAL_FILL", 2.0)
+
+    def relations(self):
+        yield from ((name, causal(name)) for name in CAUSAL)
+
+    def test_no_row_is_padded(self, monkeypatch):
+        relation = causal("causal, ragged")
+        monkeypatch.setattr(type(relation.sources), "pad", None)
+        self.attend(*inputs(relation), relation)
+        assert nsm_graph.ops.backend.is_one_by_one(relation)
 
 
 @pytest.mark.skipif(not HAS_TORCH_SCATTER, reason="torch-scatter is not installed")
@@ -568,6 +641,7 @@ def test_the_order_of_edges_changes_nothing():
 @pytest.mark.parametrize("normalise", NORMALISE)
 def test_weights_equal_the_oracle(normalise, kind):
     cases = [complete(name) for name in COMPLETE] + [general(name) for name in GENERAL]
+    cases += [causal(name) for name in CAUSAL]
     for relation in cases:
         q, k, _ = inputs(relation)
         bias = bias_of(kind, relation)
@@ -638,6 +712,40 @@ def test_any_complete_relation_equals_the_oracle(counts, normalise, backend, wit
     exact = [t.double() for t in (q, k, v)]
     bias = None if bias is None else bias.double()
     equal(out, oracle(*exact, relation.edge_index, bias, normalise), 1e-5)
+
+
+def triangle_oracle(q, k, v, counts, normalise):
+    """Masked softmax of each example's square of scores: no edges, no relation."""
+    rows = zip(*(x.split(counts) for x in (q, k, v)), strict=True)
+    out = [q[:0]]
+    for q_NHD, k_NHD, v_NHD in rows:
+        scores = torch.einsum("nhd,mhd->hnm", q_NHD, k_NHD) * CHANNELS**-0.5
+        hears = torch.arange(len(q_NHD)) <= torch.arange(len(q_NHD))[:, None]
+        scores = torch.where(hears, scores, -math.inf)
+        weights = scores.softmax(-1 if normalise == "target" else -2)
+        out.append(torch.einsum("hnm,mhd->nhd", weights, v_NHD))
+    return torch.cat(out)
+
+
+@given(
+    st.lists(st.integers(0, 7), min_size=1, max_size=5),
+    st.sampled_from(NORMALISE),
+    st.sampled_from(["dense", "sparse", "reference", None]),
+    st.booleans(),
+)
+def test_any_causal_relation_equals_the_masked_softmax(counts, normalise, backend, one_by_one):
+    relation = Relation.causal(torch.tensor([0, *counts]).cumsum(0))
+    given = inputs(relation, torch.float32)
+    with pytest.MonkeyPatch.context() as patch:
+        if one_by_one:
+            patch.setattr(nsm_graph.ops.backend, "MIN_CAUSAL_EDGES", 0)
+            patch.setattr(nsm_graph.ops.backend, "MIN_CAUSAL_FILL", 2.0)
+        out = edge_attention(*given, relation, normalise=normalise, backend=backend)
+    exact = [t.detach().double().requires_grad_() for t in given]
+    wanted = triangle_oracle(*exact, counts, normalise)
+    equal(out, wanted, 1e-5)
+    for actual, expected in zip(gradients(out, given), gradients(wanted, exact), strict=True):
+        equal(actual, expected, 1e-5)
 
 
 def arguments(**changes):

@@ -17,9 +17,10 @@ import pytest
 import torch
 from triton_compiler import Compiles
 
+from nsm_graph.edge_lists import CompressedEdges
 from nsm_graph.ops import explain
 from nsm_graph.ops.edge_attention import edge_attention, sparse
-from nsm_graph.relation import CompressedEdges, Relation
+from nsm_graph.relation import Relation
 
 HAS_GPU = torch.cuda.is_available()
 INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"

@@ -121,6 +121,20 @@ def test_a_subset_of_edges_is_normalised_over_what_is_left():
         torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("ptr", [[0, 3, 6], [0, 1, 1, 5]], ids=str)
+def test_a_causal_relation_is_routed_over_its_edges_only(ptr, dtype):
+    relation = Relation.causal(ptr)
+    logits, x = table(relation, dtype=dtype)
+    column = columns_of(relation)
+    actual = route(logits, x, relation, column)
+    expected = oracle(logits, x, relation.edge_index, relation.num_dst, column)
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e)
+    with pytest.raises(ValueError, match='"dense" of routing needs a complete relation'):
+        route(logits, x, relation, column, backend="dense")
+
+
 @pytest.mark.parametrize("backend", ["reference", "dense"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 4e-2)])
 def test_every_dtype_offered(dtype, tolerance, backend):

@@ -253,6 +253,22 @@ def test_places_are_compared_between_two_sets(sizes, width):
     assert between(combined, *counts) == expected(lambda i, j: 0 <= j - i <= width)
 
 
+@given(counts_lists)
+def test_causal_stores_no_edges(counts):
+    nodes = NodeSet.from_counts(counts)
+    relation = topology.causal()(nodes)
+    assert relation.is_causal
+    assert relation.sources is relation.targets is nodes.nodes
+    assert topology.causal()(nodes, NodeSet.from_counts(counts)).is_causal
+    assert relation._edge_index is relation._csr is None
+    assert not (topology.causal() | topology.ring()).reverse()(nodes).is_causal
+    other = topology.causal()(nodes, NodeSet.from_counts([n + 1 for n in counts]))
+    assert other.is_causal == (counts == [])
+    biased = topology.causal().biased(lambda edges: -edges.distance.float())(nodes)
+    assert biased.is_causal
+    assert biased.bias.shape == (relation.num_edges, 1)
+
+
 def test_blocks_between_two_sets():
     block = [i * 3 // 7 for i in range(7)], [j * 3 // 4 for j in range(4)]
     expected = {(i, j) for i in range(7) for j in range(4) if block[0][i] == block[1][j]}

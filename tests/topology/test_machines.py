@@ -74,6 +74,14 @@ def test_the_machine_records_who_talked_to_whom():
     assert [relation.num_edges for relation in record.topologies] == [12, 12, 36]
 
 
+def test_a_causal_machine_makes_no_edges():
+    machine = make(topology.causal())
+    record = machine.run(torch.randn(9, 2), record=True).record
+    for relation in record.topologies:
+        assert relation.is_causal
+        assert relation._edge_index is relation._csr is None
+
+
 def test_states_choose_whom_they_attend_to_most():
     machine = make(topology.complete())
     score = machine.cell.communication.scores
@@ -94,7 +102,8 @@ def test_a_sparse_rule_is_the_masked_complete_one():
     """The documented layer, with a mask instead of a topology."""
     layer = nsm.nn.StateCommunication(8, heads=2)
     x = torch.randn(6, 8)
-    for rule in (topology.ring(), topology.window(2), topology.expander(3), topology.star()):
+    rules = topology.ring(), topology.window(2), topology.expander(3), topology.star()
+    for rule in (*rules, topology.causal()):
         relation = rule(topology.NodeSet.from_counts([6]))
         mask = torch.ones(6, 6, dtype=torch.bool)
         mask[relation.edge_index[1], relation.edge_index[0]] = False

@@ -75,6 +75,8 @@ def test_the_gap_of_many_nodes_is_found_step_by_step(monkeypatch):
 def test_one_node_and_parts():
     alone = topology.self_loops().describe(1)
     assert (alone.diameter, alone.spectral_gap) == (0, 0)
+    first = topology.causal().describe(1)
+    assert (first.degree, first.diameter) == ((1, 1.0, 1), 0)
     apart = topology.blocks(2).describe(8)
     assert (apart.diameter, apart.spectral_gap) == (math.inf, pytest.approx(0, abs=1e-12))
 

@@ -78,7 +78,9 @@ def edge_attention(
     """
     bias = _check_arguments(query, key, value, relation, bias, normalise)
     scale = query.size(-1) ** -0.5 if scale is None else scale
-    choice = choose_backend(relation, query.dtype, forced=backend)
+    choice = choose_backend(
+        relation, query.dtype, backend, normalise=normalise, has_bias=bias is not None
+    )
     return BACKENDS[choice.name](
         query, key, value, relation, bias_EH=bias, normalise=normalise, scale=scale
     )

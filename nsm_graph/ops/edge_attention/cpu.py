@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nsm_graph.edge_lists import CompressedEdges
 from nsm_graph.ops.cpu import vectors
 from nsm_graph.ops.cpu.compiled import OPTIONS, Kernel
 from nsm_graph.ops.cpu.threads import run_rows
-from nsm_graph.relation import CompressedEdges
 
 Array = Any  # numpy arrays in Python, Numba's in kernels
 

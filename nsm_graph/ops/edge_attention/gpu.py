@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from nsm_graph.edge_lists import CompressedEdges
 from nsm_graph.ops.edge_attention import triton
-from nsm_graph.relation import CompressedEdges
 
 #: Blocks of edges that one program visits at most.
 MAX_BLOCKS = 32

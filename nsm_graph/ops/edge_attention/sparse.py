@@ -13,9 +13,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nsm_graph.edge_lists import CompressedEdges
 from nsm_graph.ops.edge_attention import reference
 from nsm_graph.ops.segment import widen
-from nsm_graph.relation import CompressedEdges, Relation
+from nsm_graph.relation import Relation
 
 
 def edge_attention(

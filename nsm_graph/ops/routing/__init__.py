@@ -85,7 +85,12 @@ def route(
             f"bias must hold one number for each of the {relation.num_edges} edges, but has shape "
             f"{tuple(bias.shape)}"
         )
-    name = choose_backend(relation, x.dtype, forced=backend).name
+    if backend == "dense" and relation.is_causal:
+        raise ValueError(
+            'backend "dense" of routing needs a complete relation, but this one is causal; use '
+            'backend="reference" or None'
+        )
+    name = choose_backend(relation, x.dtype, backend, normalise="source").name
     # The scores are a table here: there are no kernels for them on general edges.
     implementation = IMPLEMENTATIONS.get(name, reference.route)
     return implementation(logits, x, relation, column, bias)
