@@ -91,6 +91,7 @@ class SQL(Topology):
         self.query, self.is_dynamic = query, is_dynamic
         self.kinds = None if kinds is None else tuple(kinds)
         self._memo = Memo()
+        self._checked: str | None = None
 
     def forward(self, sources: NodeSet, targets: NodeSet | None = None) -> Relation:
         targets = sources if targets is None else targets
@@ -124,6 +125,8 @@ class SQL(Topology):
 
     def _statement(self, connection: DuckDBPyConnection) -> str:
         """The query, if it is one statement that only reads and says the same every time."""
+        if self._checked is not None:
+            return self._checked
         statements = connection.extract_statements(self.query)
         kinds = [statement.type.name for statement in statements]
         if kinds != ["SELECT"]:
@@ -138,7 +141,8 @@ class SQL(Topology):
                 f"{self!r} uses {', '.join(refused)}, which is not the same every time; take "
                 f"hash(...) of ids and a seed, or topology.random() for edges drawn anew"
             )
-        return statements[0].query
+        self._checked = statements[0].query
+        return self._checked
 
     def _help(self, sets: tuple[NodeSet, ...], tables: list[NodeTable]) -> str:
         columns = ", ".join(dict.fromkeys(name for table in tables for name in table.columns))
@@ -202,7 +206,7 @@ def _create(connection: DuckDBPyConnection, tables: list[NodeTable]) -> None:
     # Arrays of two lengths are lists in the table that holds both.
     first, second = (table.widths for table in tables)
     differ = [name for name in first if name in second and first[name] != second[name]]
-    lists = ", ".join(f"list_slice({quoted(name)}, 1, NULL) AS {quoted(name)}" for name in differ)
+    lists = ", ".join(f"{quoted(name)}[:] AS {quoted(name)}" for name in differ)
     star = f"SELECT * REPLACE ({lists})" if differ else "SELECT *"
     connection.execute(
         f"CREATE TEMP TABLE nodes AS {star} FROM sources UNION ALL BY NAME {star} FROM targets"
@@ -214,23 +218,32 @@ def _create(connection: DuckDBPyConnection, tables: list[NodeTable]) -> None:
 
 def _chances(connection: DuckDBPyConnection, statement: str) -> set[str]:
     """Functions, clocks and samples in a statement that may differ from run to run."""
-    functions = connection.execute(
-        "SELECT DISTINCT function_name FROM duckdb_functions() "
-        "WHERE stability <> 'CONSISTENT' AND function_name <> 'error'"
-    ).fetchall()
-    unstable = {name for (name,) in functions}
     parsed = connection.execute("SELECT json_serialize_sql($1::VARCHAR)", [statement]).fetchall()
     found = set()
     for part in _parts(json.loads(parsed[0][0])):
         function = str(part.get("function_name", "")).lower()
         column = part.get("column_names") or [""]
-        if function in unstable:
+        if function in _unstable_functions():
             found.add(f"{function}()")
         if len(column) == 1 and str(column[0]).lower() in _CLOCKS:
             found.add(str(column[0]))
         if part.get("sample") and part["sample"].get("seed", -1) < 0:
             found.add("a sample without REPEATABLE (seed)")
     return found
+
+
+@functools.cache
+def _unstable_functions() -> frozenset[str]:
+    """By what DuckDB says of its own functions."""
+    rows = (
+        _database(os.getpid())
+        .cursor()
+        .execute(
+            "SELECT DISTINCT function_name FROM duckdb_functions() "
+            "WHERE stability <> 'CONSISTENT' AND function_name <> 'error'"
+        )
+    )
+    return frozenset(name for (name,) in rows.fetchall())
 
 
 def _parts(tree: object) -> Iterator[dict]:
