@@ -114,9 +114,10 @@ class SQL(Topology):
             _create(connection, tables)
             try:
                 statement = self._statement(connection)
-                result = connection.sql(statement)
-                check_columns(self, result)
-                return relation_of(self, result, sets)
+                check_columns(self, connection.sql(statement))
+                # Run once, whatever is asked of its result; a last semicolon may stand there.
+                connection.execute(f"CREATE TEMP TABLE found AS\n{statement}")
+                return relation_of(self, connection.sql("FROM found"), sets)
             except Error as error:
                 raise ValueError(
                     f"{self!r}: DuckDB cannot run the query: {error}\n\n{self._help(sets, tables)}"
