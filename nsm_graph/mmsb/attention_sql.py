@@ -12,7 +12,7 @@ from nsm_graph.topology.sql import connect
 
 _STATEMENT = """\
 WITH scores AS (
-    SELECT e.edge, e.src, e.dst, e.head, $scale * sum(q.value * k.value) + e.bias AS score
+    SELECT e.edge, e.src, e.dst, e.head, sum(q.value * k.value) / sqrt(count(*)) + e.bias AS score
     FROM edges e
     JOIN queries q ON q.page = e.dst AND q.head = e.head
     JOIN keys k ON k.page = e.src AND k.head = e.head AND k.channel = q.channel
@@ -49,9 +49,9 @@ def attention_statement(normalise: Normalise = "target") -> str:
 
     - ``edges(edge, src, dst, head, bias)``: a row for each edge and head,
     - ``queries``, ``keys``, ``"values"``, each ``(page, head, channel, value)``,
-    - ``pages(page, head, channel)``: what is asked for; zero where no edge enters
+    - ``pages(page, head, channel)``: what is asked for; zero where no edge enters.
 
-    and the parameter ``$scale``, the factor of the dot products.
+    ``count(*)`` is the number of channels, over which a score is summed.
 
     Args:
         normalise: ``"target"`` for a softmax over the edges that enter a page, ``"source"`` for
@@ -74,7 +74,6 @@ def attention_sql(
     *,
     bias: Tensor | None = None,
     normalise: Normalise = "target",
-    scale: float | None = None,
 ) -> Tensor:
     r"""Edge attention, computed by a database: the oracle of :func:`nsm_graph.ops.edge_attention`.
 
@@ -94,8 +93,6 @@ def attention_sql(
         bias: Added to the scores, in the relation's edge order, and to what the relation carries;
             :math:`-\infty` removes an edge. (default: :obj:`None`)
         normalise: Which end of the edges forms the groups. (default: :obj:`"target"`)
-        scale: Factor of the dot products; ``None`` for :math:`1 / \sqrt{D}`.
-            (default: :obj:`None`)
 
     Shapes:
         - **input:** query :math:`(N, H, D)`, key :math:`(M, H, D)`, value :math:`(M, H, D_v)`,
@@ -116,7 +113,6 @@ def attention_sql(
     shape = (query.size(0), query.size(1), value.size(2))
     if 0 in shape:
         return torch.zeros(shape, dtype=torch.float64)
-    scale = query.size(2) ** -0.5 if scale is None else scale
     tables = {
         "edges": _edges(relation, query.size(1), bias),
         "queries": _table("query", query),
@@ -127,7 +123,7 @@ def attention_sql(
     with connect("attention_sql") as database:
         for name, columns in tables.items():
             database.register(name, columns)
-        rows = database.execute(statement, {"scale": scale}).fetchnumpy()
+        rows = database.execute(statement).fetchnumpy()
     return torch.from_numpy(np.asarray(rows["value"], dtype=np.float64)).view(shape)
 
 
@@ -181,5 +177,9 @@ def _check(query: Tensor, key: Tensor, value: Tensor, relation: Relation) -> Non
         raise ValueError(
             f"query {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)} "
             f"must agree in heads, query and key in channels, key and value in rows"
+        )
+    if query.size(2) == 0:
+        raise ValueError(
+            f"query {tuple(query.shape)} has no channels; it needs at least one a head"
         )
     check_size(relation, (key.size(0), query.size(0)))

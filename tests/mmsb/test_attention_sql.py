@@ -92,9 +92,9 @@ def test_scores_far_from_zero():
     relation = random_relation(6, 5, 20)
     q, k, v = inputs(relation)
     for factor in (2000.0, -2000.0):
-        expected = attention_sql(q, k, v, relation, scale=factor)
+        expected = attention_sql(factor * q, k, v, relation)
         assert expected.isfinite().all() and expected.norm() > 0
-        out = edge_attention(q, k, v, relation, scale=factor)
+        out = edge_attention(factor * q, k, v, relation)
         assert (out - expected).norm() <= 1e-10 * expected.norm()
     shifted = attention_sql(q, k, v, relation, bias=torch.full((20,), 5000.0))
     assert (shifted - attention_sql(q, k, v, relation)).norm() < 1e-10
@@ -143,6 +143,8 @@ def test_bad_input():
         attention_sql(q.flatten(1), k, v, relation)
     with pytest.raises(ValueError, match="must agree in heads"):
         attention_sql(q, k[:, :1], v, relation)
+    with pytest.raises(ValueError, match=r"query \(3, 2, 0\) has no channels"):
+        attention_sql(q[..., :0], k[..., :0], v, relation)
     with pytest.raises(ValueError, match="relation goes from 4 nodes, but their features have 3"):
         attention_sql(q, k[:3], v[:3], relation)
     with pytest.raises(ValueError, match=r"bias must have shape \(9,\), \(9, 1\) or \(9, 2\)"):

@@ -72,7 +72,7 @@ def test_the_closure_of_a_path_is_causal():
 
 
 @given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), max_size=4))
-@settings(max_examples=30)
+@settings(max_examples=15)
 def test_between_two_sets(counts):
     sources, targets = (NodeSet.from_counts([pair[side] for pair in counts]) for side in (0, 1))
     query = f"{BETWEEN} AND k.pos BETWEEN q.pos - 2 AND q.pos + 2"
