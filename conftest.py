@@ -11,6 +11,8 @@ collect_ignore = []
 if find_spec("triton") is None:
     collect_ignore += [f"nsm_graph/ops/edge_attention/{name}.py" for name in ("gpu", "triton")]
     collect_ignore += [f"nsm_graph/ops/segment_loop/{name}" for name in ("gpu.py", "triton")]
+if find_spec("duckdb") is None:
+    collect_ignore += ["nsm_graph/topology/sql.py", "nsm_graph/mmsb/attention_sql.py"]
 
 
 @pytest.fixture(autouse=True)

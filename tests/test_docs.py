@@ -2,6 +2,7 @@
 
 import re
 import tomllib
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -25,11 +26,24 @@ def test_readme_example_runs(code: str, capsys) -> None:
 def test_the_page_on_topologies_runs(capsys) -> None:
     names: dict = {"__name__": "docs"}
     for code in blocks("python", (ROOT / "docs" / "topologies.md").read_text()):
+        if "topology.sql(" in code and find_spec("duckdb") is None:
+            continue
         exec(compile(code, "topologies.md", "exec"), names)
     assert "(ring(1) | (knn(4) - star(1)))" in capsys.readouterr().out
     nodes = names["topology"].NodeSet.from_counts([6])
     assert names["both"](nodes).bias.shape == (names["both"](nodes).num_edges, 2)
     assert names["elders"](nodes).num_edges == 12
+
+
+def test_the_page_on_attention_in_sql_runs(capsys) -> None:
+    pytest.importorskip("duckdb", reason="the page runs DuckDB: pip install 'nsm-graph[sql]'")
+    from nsm_graph.mmsb.attention_sql import attention_statement
+
+    text = (ROOT / "docs" / "attention_in_sql.md").read_text()
+    assert blocks("sql", text) == [attention_statement()]
+    for code in blocks("python", text):
+        exec(compile(code, "attention_in_sql.md", "exec"), {"__name__": "docs"})
+    assert capsys.readouterr().out == "tensor(True)\n"
 
 
 def test_readme_starts_with_the_two_commands() -> None:

@@ -7,6 +7,7 @@ import sys
 import nsm_graph as nsm
 
 HEAVY = ["sklearn", "matplotlib", "lightning_fabric", "jsonargparse", "tensorboard", "numba"]
+HEAVY += ["duckdb"]
 
 
 def arguments(function: object) -> list[str]:
@@ -40,6 +41,7 @@ def test_argument_order_is_fixed() -> None:
         nsm.topology.expander: ["degree", "seed"],
         nsm.topology.random_regular: ["degree", "seed"],
         nsm.topology.learned: ["num_states", "k"],
+        nsm.topology.sql: ["query"],
         nsm.topology.from_edge_index: ["edge_index", "num_nodes"],
     }
     for function, names in expected.items():

@@ -29,6 +29,8 @@ from nsm_graph.topology.spans import blocks as blocks
 from nsm_graph.topology.spans import causal as causal
 from nsm_graph.topology.spans import dilated as dilated
 from nsm_graph.topology.spans import window as window
+from nsm_graph.topology.sql import SQL as SQL
+from nsm_graph.topology.sql import sql as sql
 from nsm_graph.topology.stepwise import random as random
 from nsm_graph.topology.stepwise import scheduled as scheduled
 from nsm_graph.topology.summary import Summary as Summary

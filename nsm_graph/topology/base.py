@@ -349,7 +349,7 @@ def same_set(rule: Topology, sources: NodeSet, targets: NodeSet | None) -> NodeS
         f"{rule!r} joins the nodes of one set, but was asked for edges from {sources.num_nodes} "
         f"to {targets.num_nodes} nodes of two; between two sets use complete(), band(), causal(), "
         f"window(), dilated(), blocks(), knn(), radius(), top_k(), threshold(), random(), "
-        f"from_edge_index() or a rule of your own with (sources, targets)"
+        f"from_edge_index(), sql() or a rule of your own with (sources, targets)"
     )
 
 
