@@ -26,7 +26,8 @@ class TaskSequences(Sequence[Data]):
         seed: The same seed gives the same sequences.
 
     Shapes:
-        - **output:** :obj:`x` and :obj:`y` long :math:`(L)`
+        - **output:** :obj:`x` and :obj:`y` long :math:`(L)`, :obj:`x` :math:`(L, F)` where a
+          token has F symbols
     """
 
     def __init__(self, task: SequenceTask, num_examples: int, length: int, seed: int) -> None:
@@ -84,8 +85,10 @@ def load_task(
     task = make_task(name, **options)
     longest = max(32, task.min_length) if max_length is None else max_length
     tested = longest if test_length is None else test_length
+    symbols = task.num_symbols
+    columns, symbols = (1, symbols) if isinstance(symbols, int) else (len(symbols), list(symbols))
     info = DatasetInfo(
-        name, "token_classification", 1, task.num_symbols, task.num_classes, is_causal=True
+        name, "token_classification", columns, symbols, task.num_classes, is_causal=True
     )
     return Splits(
         TaskSequences(task, train_examples, longest, seed),

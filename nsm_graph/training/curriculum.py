@@ -63,7 +63,7 @@ class FreshSequences:
             x, y = self.split.task.sample(self.batch_size, length, self.order)
             ptr = torch.arange(self.batch_size + 1) * length
             batch = torch.arange(self.batch_size).repeat_interleave(length)
-            yield Batch(x=x.flatten(), y=y.flatten(), batch=batch, ptr=ptr)
+            yield Batch(x=x.flatten(0, 1), y=y.flatten(), batch=batch, ptr=ptr)
 
     def observe(self, out: Tensor, y: Tensor, batch: Tensor) -> None:
         """Learns how well the last batch went, and makes sequences longer if well enough.

@@ -13,6 +13,7 @@ torch.Size([2, 512])
 from nsm_graph.data.tasks.arithmetic import ModularArithmetic as ModularArithmetic
 from nsm_graph.data.tasks.base import IGNORED as IGNORED
 from nsm_graph.data.tasks.base import SequenceTask as SequenceTask
+from nsm_graph.data.tasks.bindings import Bindings as Bindings
 from nsm_graph.data.tasks.brackets import ModularArithmeticBrackets as ModularArithmeticBrackets
 from nsm_graph.data.tasks.copying import Copy as Copy
 from nsm_graph.data.tasks.copying import SelectiveCopy as SelectiveCopy

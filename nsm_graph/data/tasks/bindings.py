@@ -17,9 +17,10 @@ class Bindings(SequenceTask):
     A token is a pair of symbols, a key and a value. Three quarters of the sequence bind keys to
     values; a key that comes again is bound anew, and what it was bound to before no longer counts.
     Some tokens are noise: their keys are never asked for. Others release a key. K, drawn uniformly
-    from 1 to :obj:`max_bindings`, is the number of keys that are bound at the end. The last quarter
-    asks: tokens of a bound key and the value "?", whose label is the key's last value; every
-    bound key is asked for while there is room.
+    from 1 to :obj:`max_bindings` (in a short sequence, to as many as it has room for), is the
+    number of keys that are bound at the end. The last quarter asks: tokens of a bound key and the
+    value "?", whose label is the key's last value; every bound key is asked for while there is
+    room.
 
     Keys are symbols 0 to :obj:`num_keys` - 1, noise the :obj:`num_noise` after them; values are 0
     to :obj:`num_values` - 1, then "?" and "release".
@@ -32,8 +33,8 @@ class Bindings(SequenceTask):
         num_values: Number of values.  (default: :obj:`16`)
         num_noise: Number of keys that are noise.  (default: :obj:`4`)
         noise: Share of noise among the tokens that need not be bindings.  (default: :obj:`0.3`)
-        max_released: Most keys that are released; their number is uniform from 0.
-            (default: :obj:`0`)
+        max_released: Most keys that are released, and at most a quarter as many as there are
+            tokens to tell; their number is uniform from 0.  (default: :obj:`0`)
 
     Shapes:
         - **output:** symbols int64 :math:`(B, L, 2)`, labels int64 :math:`(B, L)`
@@ -45,10 +46,10 @@ class Bindings(SequenceTask):
         >>> task = Bindings(max_bindings=2, num_keys=8, num_values=4, num_noise=1)
         >>> x, y = task.sample(1, 8, torch.Generator().manual_seed(0))
         >>> x[0].T
-        tensor([[8, 2, 8, 2, 2, 2, 2, 2],
-                [3, 0, 3, 1, 0, 1, 4, 4]])
+        tensor([[8, 8, 8, 4, 7, 7, 4, 7],
+                [3, 2, 0, 1, 1, 1, 4, 4]])
         >>> y[0].tolist(), task.count(x).tolist()
-        ([-100, -100, -100, -100, -100, -100, 1, 1], [1])
+        ([-100, -100, -100, -100, -100, -100, 1, 1], [2])
     """
 
     max_bindings: int = 16
@@ -81,9 +82,7 @@ class Bindings(SequenceTask):
 
     @property
     def min_length(self) -> int:
-        """Every key is bound once, those that are released are, too, before that."""
-        bound = self.max_bindings + 2 * self.max_released
-        return bound + -(-bound // 3)
+        return 4
 
     @property
     def ask(self) -> int:
@@ -114,7 +113,9 @@ class Bindings(SequenceTask):
     def _sample(self, num_examples: int, length: int, generator: Generator) -> Examples:
         num_asks = length // 4
         num_tells = length - num_asks
-        most = self.max_bindings + self.max_released
+        most_released = min(self.max_released, num_tells // 4)
+        most_bound = min(self.max_bindings, num_tells - 2 * most_released)
+        most = most_bound + most_released
         keys = distinct(num_examples, most, self.num_keys, generator)
 
         def draw(high: int, *size: int) -> Tensor:
@@ -123,8 +124,8 @@ class Bindings(SequenceTask):
         def shuffle(rows: Tensor) -> Tensor:
             return rows.gather(1, torch.rand(rows.shape, generator=generator).argsort(1))
 
-        num_bound = 1 + draw(self.max_bindings, 1)
-        num_released = draw(self.max_released + 1, 1)
+        num_bound = 1 + draw(most_bound, 1)
+        num_released = draw(most_released + 1, 1)
         num_used = num_bound + num_released
         # Which of its keys a token is about: each once, those to release twice, then any or noise.
         # Keys to release come first; `most` stands for noise.
@@ -136,13 +137,13 @@ class Bindings(SequenceTask):
         about = shuffle(torch.where(again, place - num_used, about))
         last = self._last_place(about, most + 1)
 
+        # The last token about a key to release does so. Keys that do not occur have no last token;
+        # what is written for them is what stands there.
         value = draw(self.num_values, num_tells)
-        rank = torch.arange(most)
-        ends = (rank < num_released).long()  # those that are released end so
-        values = value.scatter(
-            1, last[:, :most].clamp(min=0),
-            torch.where(ends.bool(), self.release, value.gather(1, last[:, :most].clamp(min=0))),
-        ) if self.max_released else value  # fmt: skip
+        place = last[:, :most].clamp(min=0)
+        is_released = torch.arange(most) < num_released
+        ends = torch.where(is_released, self.release, value.gather(1, place))
+        values = value.scatter(1, place, ends)
 
         noise = self.num_keys + draw(max(self.num_noise, 1), num_tells)
         key = torch.where(about == most, noise, keys.gather(1, about.clamp(max=most - 1)))

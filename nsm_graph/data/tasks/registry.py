@@ -6,6 +6,7 @@ from typing import Any
 
 from nsm_graph.data.tasks.arithmetic import ModularArithmetic
 from nsm_graph.data.tasks.base import SequenceTask
+from nsm_graph.data.tasks.bindings import Bindings
 from nsm_graph.data.tasks.brackets import ModularArithmeticBrackets
 from nsm_graph.data.tasks.copying import Copy, SelectiveCopy
 from nsm_graph.data.tasks.groups import WordProblem, alternating_group, symmetric_group
@@ -37,6 +38,7 @@ TASKS: dict[str, Callable[..., SequenceTask]] = {
     "copy": Copy,
     "selective_copy": SelectiveCopy,
     "induction": Induction,
+    "bindings": Bindings,
 }
 
 
