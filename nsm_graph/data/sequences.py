@@ -86,9 +86,10 @@ def load_task(
     longest = max(32, task.min_length) if max_length is None else max_length
     tested = longest if test_length is None else test_length
     symbols = task.num_symbols
-    columns, symbols = (1, symbols) if isinstance(symbols, int) else (len(symbols), list(symbols))
+    columns = 1 if isinstance(symbols, int) else len(symbols)
+    sizes = symbols if isinstance(symbols, int) else list(symbols)
     info = DatasetInfo(
-        name, "token_classification", columns, symbols, task.num_classes, is_causal=True
+        name, "token_classification", columns, sizes, task.num_classes, is_causal=True
     )
     return Splits(
         TaskSequences(task, train_examples, longest, seed),

@@ -19,11 +19,11 @@ from nsm_graph.models.baselines import (
 )
 from nsm_graph.models.delta_net import DeltaNetBaseline
 from nsm_graph.models.machine import NeuralStateMachine
-from nsm_graph.nn import SegmentScan
+from nsm_graph.nn import SegmentScan, StateAllocator
 from nsm_graph.topology import Topology
 from nsm_graph.training.config import Config
 from nsm_graph.training.memory_config import MemoryConfig
-from nsm_graph.training.model_config import SCAN_KEYS, ModelConfig
+from nsm_graph.training.model_config import ALLOCATOR_KEYS, SCAN_KEYS, ModelConfig
 
 SCAN_CONFIG = ("scan_layers", *SCAN_KEYS)
 HEADS = {
@@ -45,7 +45,8 @@ def build_model(config: Config, info: DatasetInfo) -> nn.Module:
     options |= {"pe_channels": info.pe_channels, **config.model.given}
     kind = config.model.kind
     if kind == "nsm":
-        options = {key: value for key, value in options.items() if key not in SCAN_CONFIG}
+        parts = (*SCAN_CONFIG, *ALLOCATOR_KEYS)
+        options = {key: value for key, value in options.items() if key not in parts}
         options |= _machine_options(config, info)
         return NeuralStateMachine(info.in_channels, out_channels=info.out_channels, **options)
     channels = options.pop("channels")
@@ -95,6 +96,8 @@ def _machine_options(config: Config, info: DatasetInfo) -> dict[str, Any]:
         options["watch"] = config.memory.watch
     if model.scan_layers is not None:
         options["scan"] = _scan(model)
+    if model.address_channels is not None:
+        options["allocator"] = _allocator(model)
     if model.position == "none":
         options["position"] = None
     if model.communication is not None:
@@ -122,6 +125,13 @@ def _scan(model: ModelConfig) -> SegmentScan:
         layers=model.scan_layers or 1,
         **given,
     )
+
+
+def _allocator(model: ModelConfig) -> StateAllocator:
+    channels = model.state_channels or 0
+    named = {name: getattr(model, key) for key, name in ALLOCATOR_KEYS.items()}
+    given = {name: value for name, value in named.items() if value is not None}
+    return StateAllocator(model.token_channels or channels, channels, **given)
 
 
 def _communication(name: str, num_states: int) -> Topology | None:

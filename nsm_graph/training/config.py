@@ -22,7 +22,8 @@ class DataConfig:
 
     Args:
         name: Dataset: digits, mnist, text, tu, zinc, or a sequence task: parity, s3, a5, s5,
-            modular_arithmetic, modular_arithmetic_brackets, mqar, copy, selective_copy, induction.
+            modular_arithmetic, modular_arithmetic_brackets, mqar, copy, selective_copy, induction,
+            bindings.
         root: Folder that holds <NAME>/raw.
         cache: Folder for processed files.
         seed: Draws the validation part or the folds; independent of the run's seed, so that seeds
@@ -48,6 +49,10 @@ class DataConfig:
         filler: mqar: what stands between, random or zero.
         num_tokens: copy, selective_copy: tokens to remember.
         vocab_size: mqar, copy, selective_copy, induction: number of symbols.
+        max_bindings: bindings: most bindings that are left.
+        num_keys: bindings: number of keys.
+        noise: bindings: share of noise.
+        max_released: bindings: most keys that are released.
         has_dense_labels: modular_arithmetic_brackets: whether more than the last token has a label.
         augment: digits, mnist: whether training images are shifted by at most one pixel, at random.
     """
@@ -77,6 +82,10 @@ class DataConfig:
     filler: str | None = None
     num_tokens: int | None = None
     vocab_size: int | None = None
+    max_bindings: int | None = None
+    num_keys: int | None = None
+    noise: float | None = None
+    max_released: int | None = None
     has_dense_labels: bool | None = None
     augment: bool = False
 
@@ -250,6 +259,11 @@ class Config:
 
     def _check_memory(self) -> None:
         """Refuses limits of the memory that the model's states do not fit."""
+        if self.memory.state_cost > 0 and self.model.address_channels is None:
+            raise ValueError(
+                "memory.state_cost: expected where examples have node sets of their own; set "
+                "model.address_channels, too"
+            )
         if not self.memory.is_given:
             return
         first = self.model.num_states or 0

@@ -10,8 +10,9 @@ from lightning_fabric.wrappers import _FabricModule as Engine
 from torch import Tensor
 from torch_geometric.data import Data
 
-from nsm_graph.data import DatasetInfo
+from nsm_graph.data import DatasetInfo, TaskSequences
 from nsm_graph.data.tasks import IGNORED
+from nsm_graph.models.state import MachineState
 from nsm_graph.training.batches import batches
 from nsm_graph.training.build import model_inputs
 from nsm_graph.training.config import Config
@@ -25,6 +26,7 @@ class Predicted(NamedTuple):
     y: Tensor
     batch: Tensor  #: the example of each target
     state: Any  #: to carry on with (text only), detached
+    node_sets: MachineState | None = None  #: where examples have node sets of their own
 
 
 def predict(
@@ -42,13 +44,17 @@ def predict(
     if task.kind == "next_token":
         output = engine.run(**inputs, state=state)
         state = None if output.state is None else output.state.detach()
-        return Predicted(output.out, batch.y, batch.batch, state)
+        node_sets = None if config.model.address_channels is None else output.state
+        return Predicted(output.out, batch.y, batch.batch, state, node_sets)
     y, example = batch.y, batch.batch
     if task.kind == "token_classification":
         asked = (y != IGNORED).nonzero().flatten()
         if asked.numel() < y.numel():
             inputs["at"], y, example = asked, y[asked], example[asked]
-    return Predicted(engine(**inputs), y, example, None)
+    if config.model.address_channels is None:
+        return Predicted(engine(**inputs), y, example, None)
+    output = engine.run(**inputs)
+    return Predicted(output.out, y, example, None, output.state)
 
 
 @torch.no_grad()
@@ -66,10 +72,42 @@ def evaluate(
     was_training = engine.training
     engine.eval()
     sums, state = torch.zeros(5, dtype=torch.double), None
+    sizes = NodeSetSizes()
     for batch in batches(config, info, split):
         batch = batch.to(engine.device)
         predicted = predict(engine, config, task, batch, state, segment_length)
         state = predicted.state
         sums += task.count(predicted.out, predicted.y, predicted.batch, batch.num_graphs)
+        sizes.observe(predicted.node_sets, split, batch)
     engine.train(was_training)
-    return task.metrics(sums)
+    return task.metrics(sums) | sizes.metrics()
+
+
+class NodeSetSizes:
+    """How many states examples had in the end, and whether it is as many as they need."""
+
+    def __init__(self) -> None:
+        self.num_states: list[Tensor] = []
+        self.needed: list[Tensor] = []
+
+    def observe(self, state: MachineState | None, split: Sequence[Data], batch: Data) -> None:
+        """Takes note of a batch; nothing to note where examples share their node set."""
+        if state is None:
+            return
+        self.num_states.append(state.num_states)
+        if isinstance(split, TaskSequences):
+            x = batch.x.unflatten(0, (batch.num_graphs, -1))
+            needed = split.task.needed_states(x.cpu())
+            if needed is not None:
+                self.needed.append(needed.to(state.num_states))
+
+    def metrics(self) -> dict[str, float]:
+        """Their mean, and the share of examples whose number is at most one off."""
+        if not self.num_states:
+            return {}
+        num_states = torch.cat(self.num_states)
+        result = {"num_states": float(num_states.float().mean())}
+        if self.needed:
+            error = (num_states - torch.cat(self.needed)).abs()
+            result["states_within_one"] = float((error <= 1).float().mean())
+        return result

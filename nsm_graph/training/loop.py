@@ -89,6 +89,9 @@ def fit(
                 predicted = predict(engine, config, task, batch, state, segment)
                 state = predicted.state
                 loss = task.loss(predicted.out, predicted.y, train.label_smoothing)
+                if predicted.node_sets is not None:
+                    cost = config.memory.state_cost * schedule.hardness(progress)
+                    loss = loss + cost * predicted.node_sets.expected_states.mean()
                 _check_loss(loss, step, train)
                 stepper.zero_grad()
                 fabric.backward(loss)

@@ -12,6 +12,15 @@ SCAN_KEYS = (
     *("memory_heads", "gated_heads", "reflections", "decay", "write", "gated_dropout"),
     *("stretch", "convolution"),
 )
+#: Of an allocator, which is there where address_channels are given.
+ALLOCATOR_KEYS = {
+    "address_channels": "address_channels",
+    "presence_gate": "gate",
+    "prune_states": "prune",
+    "sharpness": "sharpness",
+    "novelty": "novelty",
+    "state_budget": "budget",
+}
 OFF_AT_ZERO = ("memory_heads", "gated_heads")
 BASELINE_KEYS = {
     "gru": ("channels", "tie_embeddings"),
@@ -54,6 +63,13 @@ class ModelConfig:
         reflections: scan, deltanet: reflections of each token.
         decay: scan: whether tokens may decay states.
         write: scan: whether tokens may write into states.
+        address_channels: Channels of a state's address; gives every example a node set of its own,
+            which starts with num_states and grows up to max_states.
+        presence_gate: address_channels: straight_through or continuous.
+        prune_states: address_channels: whether states can leave an example again.
+        sharpness: address_channels: where the sharpness of matches starts.
+        novelty: address_channels: where the threshold of founding starts, as a share of sharpness.
+        state_budget: address_channels: states that an example may have on average.
         tie_embeddings: Tasks over symbols: one table for input and output.
         gated_dropout: scan: share of examples whose gated heads are hidden in training.
         stretch: scan: how soon gates reach 0 and 1 exactly; 0 for never.
@@ -90,6 +106,12 @@ class ModelConfig:
     gated_dropout: float | None = None
     stretch: float | None = None
     convolution: bool | None = None
+    address_channels: int | None = None
+    presence_gate: str | None = None
+    prune_states: bool | None = None
+    sharpness: float | None = None
+    novelty: float | None = None
+    state_budget: float | None = None
     tie_embeddings: bool | None = None
 
     def __post_init__(self) -> None:
@@ -106,6 +128,7 @@ class ModelConfig:
             "position": ("learned", "sinusoidal", "rotary", "relative", "none"),
             "routing_reduce": ("sum", "mean"),
             "conv": ("gin", "gine"),
+            "presence_gate": ("straight_through", "continuous"),
         }.items():
             check_choice(f"model.{key}", getattr(self, key), choices)
         if isinstance(self.checkpoint_segments, str):
@@ -133,6 +156,14 @@ class ModelConfig:
                 raise ValueError(
                     f"model.{key}: expected only with an ordered scan; set model.scan_layers, too"
                 )
+        for key in ALLOCATOR_KEYS:
+            if self.address_channels is None and getattr(self, key) is not None:
+                raise ValueError(
+                    f"model.{key}: expected only where examples have node sets of their own; set "
+                    f"model.address_channels, too"
+                )
+        check_range("model.sharpness", self.sharpness, 0, above=True)
+        check_range("model.state_budget", self.state_budget, 1)
         check_range("model.gated_dropout", self.gated_dropout, 0, 0.99)
         if self.conv is not None and self.num_steps is None:
             raise ValueError(f"model.conv: expected only with num_steps; got {self.conv!r}")

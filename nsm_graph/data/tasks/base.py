@@ -49,6 +49,10 @@ class SequenceTask(ABC):
     def min_length(self) -> int:
         """The shortest sequence that the task has."""
 
+    def needed_states(self, x: Tensor) -> Tensor | None:
+        """How many things a memory of each sequence has to hold in the end; None if unknown."""
+        return None
+
     @property
     def chance(self) -> float:
         """Accuracy of a uniform guess among the answers that are possible."""

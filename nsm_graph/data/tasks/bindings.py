@@ -48,7 +48,7 @@ class Bindings(SequenceTask):
         >>> x[0].T
         tensor([[8, 8, 8, 4, 7, 7, 4, 7],
                 [3, 2, 0, 1, 1, 1, 4, 4]])
-        >>> y[0].tolist(), task.count(x).tolist()
+        >>> y[0].tolist(), task.needed_states(x).tolist()
         ([-100, -100, -100, -100, -100, -100, 1, 1], [2])
     """
 
@@ -94,7 +94,7 @@ class Bindings(SequenceTask):
         """The value "release"."""
         return self.num_values + 1
 
-    def count(self, x: Tensor) -> Tensor:
+    def needed_states(self, x: Tensor) -> Tensor:
         """How many keys are bound at the end of each sequence, ``[B]``."""
         key, value = x.unbind(-1)
         tells = (key < self.num_keys) & (value != self.ask)
