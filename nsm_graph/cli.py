@@ -187,14 +187,21 @@ def history(argv: list[str]) -> None:
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     edits = [line for line in lines if line["split"] == "memory"]
     if not edits:
-        print("no edits: the run had no memory.every, or nothing came of it")
+        print(
+            "no edits: the run had neither memory.every nor model.address_channels, or nothing "
+            "came of it"
+        )
         return
-    print(f"{'step':>6}  {'kind':8}  {'states':>6}  slots, reason")
+    print(f"{'step':>6}  {'of':14}  {'kind':8}  {'states':>6}  slots, reason")
     for edit in edits:
         slots = ", ".join("+".join(map(str, x)) if isinstance(x, list) else str(x)
                           for x in edit["slots"])  # fmt: skip
+        of = "all"
+        if edit["scope"] == "example":
+            of = f"{edit['example']}, segment {edit['segment']}"
         print(
-            f"{edit['step']:6}  {edit['kind']:8}  {edit['num_active']:6}  {slots}: {edit['reason']}"
+            f"{edit['step']:6}  {of:14}  {edit['kind']:8}  {edit['num_active']:6}  {slots}: "
+            f"{edit['reason']}"
         )
 
 

@@ -223,14 +223,18 @@ def test_history_shows_the_edits_of_the_memory(run, tmp_path, capsys):
         {"step": 20, "kind": "merge", "slots": [[1, 4]], "reason": "alike", "num_active": 7},
         {"step": 1040, "kind": "prune", "slots": [0, 3], "reason": "idle", "num_active": 5},
     ]
+    edits = [{"scope": "global", **edit} for edit in edits]
+    one = {"scope": "example", "example": 1, "segment": 7, "reason": "new", "num_active": 4}
+    edits.append({"step": 1100, "kind": "allocate", "slots": [3], **one})
     lines = [{"split": "train", "step": 1, "loss": 1.0}]
     lines += [{"split": "memory", **edit} for edit in edits]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert main(["history", str(tmp_path), "--memory"]) == 0
     shown = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert shown[1:] == [
-        ["20", "merge", "7", "1+4:", "alike"],
-        ["1040", "prune", "5", "0,", "3:", "idle"],
+        ["20", "all", "merge", "7", "1+4:", "alike"],
+        ["1040", "all", "prune", "5", "0,", "3:", "idle"],
+        ["1100", "1,", "segment", "7", "allocate", "4", "3:", "new"],
     ]
 
 

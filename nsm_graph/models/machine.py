@@ -18,7 +18,7 @@ from nsm_graph.models.graph import GraphPasses, read_passes
 from nsm_graph.models.heads import ExampleHead, TokenHead
 from nsm_graph.models.node_sets import read_node_sets
 from nsm_graph.models.options import check_at, check_input, check_options
-from nsm_graph.models.predict import predict
+from nsm_graph.models.predict import lost_reads, predict
 from nsm_graph.models.segments import SegmentPlan, plan_segments
 from nsm_graph.models.sequence import read_sequence
 from nsm_graph.models.snapping import fit_snap
@@ -444,7 +444,10 @@ class NeuralStateMachine(nn.Module):
             self.cell.allocator.restrain(float(reading.state.num_states.float().mean()))
         watch = partial(self._watch_gradient, has_tokens)
         out, tokens = predict(self.head, self.cell, reading, at, watch)
-        return MachineOutput(out, tokens, reading.state, notes)
+        state = reading.state
+        if self.training:
+            state = replace(state, lost_reads=lost_reads(self.head, reading, at))
+        return MachineOutput(out, tokens, state, notes)
 
     def from_hetero(self, data: HeteroData) -> HeteroData:
         """Reads a ``HeteroData`` and gives one back; see :func:`nsm_graph.models.hetero.read`."""

@@ -71,7 +71,7 @@ def read_node_sets(
     allocator = cell.allocator
     assert allocator is not None
     reader = _Reader(cell, manager, allocator, is_recorded=record is not None)
-    rows = _rows_of(state, allocator).reorder(plan.example_order)
+    rows = _rows_of(state).reorder(plan.example_order)
     sizes = [step.num_src for step in plan.steps]
     tokens, place = tokens[plan.token_order], plan.place[plan.token_order]
     parts = [part.split(sizes) for part in (tokens, allocator.address(plain)[plan.token_order])]
@@ -153,15 +153,17 @@ class _Reader:
         rows = rows._replace(
             states=states,
             cell=output.propagated.cell,
-            presence=allocator.presence(states, rows.gate),
+            presence=allocator.lasting(rows.presence, states),
         )
         after = rows
-        stays = allocator.stays(states, rows.nodes, self.manager.min_states)
-        if not bool(stays.all()):
-            after = rows.stay(stays)
+        staying = allocator.stays(states, rows.nodes, self.manager.min_states)
+        if not bool(staying.stays.all()):
+            after = rows.stay(staying.stays)
         record = None
         if self.is_recorded:
-            events += _departures(rows, stays, index)
+            gone = (~staying.stays).nonzero().flatten()
+            who = rows.nodes.batch[gone], rows.slots[gone], staying.logit[gone]
+            events += _events(index, "prune", "nothing it holds is needed", *who, after.nodes)
             record = Record(
                 relations=[inputs.relation], routing=[weights], attention=[output.attention],
                 gates=[output.propagated.gates], states=[states], topologies=[output.talks],
@@ -189,19 +191,17 @@ class _Reader:
         states = torch.cat(
             [address[founder], self.manager.bank[slots, allocator.address_channels :]], dim=1
         )
-        gate = founding.gate[founder]
         new_cell = None
         if rows.cell is not None:
             new_cell = rows.cell.new_zeros(founder.numel(), rows.cell.size(1))
+        rows = rows.join(
+            StateRows(states, new_cell, slots, founding.gate[founder], nodes), num_slots
+        )
+        relation = Relation.between(tokens, rows.nodes)
         events = []
         if self.is_recorded:
-            scores = founding.logit[founder].tolist()
-            events = [
-                NodeSetEvent(index, b, "allocate", slot, "no state explains the token", score)
-                for b, slot, score in zip(example.tolist(), slots.tolist(), scores, strict=True)
-            ]
-        rows = rows.join(StateRows(states, new_cell, slots, gate, gate, nodes), num_slots)
-        relation = Relation.between(tokens, rows.nodes)
+            who = example, slots, founding.logit[founder]
+            events = _events(index, "allocate", "no state explains the token", *who, rows.nodes)
         return rows, relation, allocator.match(address, rows.states, relation), events
 
 
@@ -216,19 +216,28 @@ def _free_slots(rows: StateRows, wanted: Partition, num_slots: int) -> Tensor:
     return lowest[wanted.batch, wanted.place]
 
 
-def _departures(rows: StateRows, stays: Tensor, index: int) -> list[NodeSetEvent]:
-    gone = (~stays).nonzero().flatten()
-    reason = "nothing it holds is needed"
+def _events(
+    segment: int,
+    kind: str,
+    reason: str,
+    example: Tensor,
+    slots: Tensor,
+    scores: Tensor,
+    nodes: Partition,
+) -> list[NodeSetEvent]:
+    """One event for each state that came or left, and how many there are since."""
+    num_states = nodes.ptr.diff().tolist()
+    columns = zip(example.tolist(), slots.tolist(), scores.tolist(), strict=True)
     return [
-        NodeSetEvent(index, b, "prune", slot, reason, None)
-        for b, slot in zip(rows.nodes.batch[gone].tolist(), rows.slots[gone].tolist(), strict=True)
+        NodeSetEvent(segment, b, kind, slot, reason, score, num_states[b])
+        for b, slot, score in columns
     ]
 
 
-def _rows_of(state: MachineState, allocator: StateAllocator) -> StateRows:
-    gate = torch.ones_like(state.states[:, 0]) if state.gate is None else state.gate
-    presence = allocator.presence(state.states, gate)
-    return StateRows(state.states, state.cell, state.row_slots, gate, presence, state.rows)
+def _rows_of(state: MachineState) -> StateRows:
+    """The carried rows; those of a stream that begins are wholly present."""
+    presence = torch.ones_like(state.states[:, 0]) if state.presence is None else state.presence
+    return StateRows(state.states, state.cell, state.row_slots, presence, state.rows)
 
 
 def _reading(
@@ -247,7 +256,6 @@ def _reading(
         num_tokens=state.num_tokens + num_read,
         slots=rows.slots,
         nodes=rows.nodes,
-        gate=rows.gate,
         presence=rows.presence,
     )
     nobody = rows.split(0)[0]

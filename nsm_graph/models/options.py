@@ -319,7 +319,7 @@ def _check_state(machine: NeuralStateMachine, state: MachineState, batch_size: i
 
 def _check_node_sets(machine: NeuralStateMachine, state: MachineState) -> None:
     nodes, num_slots = state.rows, machine.manager.max_states
-    for name, rows in (("slots", state.slots), ("gate", state.gate)):
+    for name, rows in (("slots", state.slots), ("presence", state.presence)):
         if rows is None or rows.shape != (nodes.num_rows,):
             shape = None if rows is None else tuple(rows.shape)
             raise ValueError(

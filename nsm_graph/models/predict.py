@@ -11,7 +11,12 @@ from torch import Tensor
 from nsm_graph.models.cell import StateMachineCell
 from nsm_graph.models.heads import ExampleHead, TokenHead
 from nsm_graph.models.state import Reading
+from nsm_graph.models.state_rows import StateRows
+from nsm_graph.ops.segment import group_sum
+from nsm_graph.partition import Partition
 from nsm_graph.relation import Relation
+
+Watch = Callable[[Tensor, Tensor, Tensor | None], None]
 
 
 def predict(
@@ -19,7 +24,7 @@ def predict(
     cell: StateMachineCell,
     reading: Reading,
     at: Tensor | None,
-    watch: Callable[[Tensor, Tensor, Tensor | None], None],
+    watch: Watch,
 ) -> tuple[Tensor, Tensor | None]:
     """Predictions in input order, and token read-outs ``[T, C_t]`` of token heads.
 
@@ -38,17 +43,10 @@ def predict(
         watch(state.states, state.row_slots, batch)
         states = _hide_gated(cell, state.states, batch, num_examples)
         return head(states, batch, num_examples, state.row_slots, state.presence), None
-    relation, bias = reading.relation, None
-    if reading.own is None:
-        seen = torch.cat([state.states[:0], *(reading.before if head.causal else reading.after)])
-        slots = state.slots.repeat(seen.size(0) // state.slots.numel())
-    else:
-        rows = reading.own[0 if head.causal else 1]
-        seen, slots = rows.states, rows.slots
-        relation = Relation.between(relation.sources, rows.nodes)
-        if rows.presence.requires_grad or not bool((rows.presence == 1).all()):
-            bias = rows.presence.log()[relation.reverse().edge_index[0]]
-    watch(seen, slots, None)
+    if reading.own is not None:
+        return _predict_own(head, reading, at, watch)
+    seen = torch.cat([state.states[:0], *(reading.before if head.causal else reading.after)])
+    watch(seen, state.slots.repeat(seen.size(0) // state.slots.numel()), None)
     if cell.scan is not None:
         # The scan's channels reach a token through its own read, in order: the states from before
         # or after its segment would make a difference of where segments end.
@@ -60,8 +58,71 @@ def predict(
         seen = _hide_gated(cell, seen, example, num_examples)
     place = None if reading.token_order is None else torch.argsort(reading.token_order)
     asked = at if place is None else place if at is None else place[at]
-    out, tokens = head(reading.tokens, seen, relation.reverse(), reading.reads, asked, bias)
+    out, tokens = head(reading.tokens, seen, reading.relation.reverse(), reading.reads, asked)
     return out, tokens if place is None else tokens[place]
+
+
+def _predict_own(
+    head: TokenHead, reading: Reading, at: Tensor | None, watch: Watch
+) -> tuple[Tensor, Tensor]:
+    """Predictions for tokens whose examples have node sets of their own."""
+    assert reading.own is not None
+    assert reading.token_order is not None
+    rows = reading.own[0 if head.causal else 1]
+    relation = Relation.between(rows.nodes, reading.relation.sources)
+    bias = log_presence(rows.presence, relation)
+    watch(rows.states, rows.slots, None)
+    place = torch.argsort(reading.token_order)
+    asked = place if at is None else place[at]
+    out, tokens = head(reading.tokens, rows.states, relation, None, asked, bias)
+    return out, tokens[place]
+
+
+def log_presence(presence: Tensor, relation: Relation) -> Tensor | None:
+    """What the presence of sources adds to scores, ``[E]``; None where that is nothing."""
+    if not presence.requires_grad and bool((presence == 1).all()):
+        return None
+    return presence.log()[relation.edge_index[0]]
+
+
+@torch.no_grad()
+def _read_shares(head: TokenHead, reading: Reading, asked: Tensor, rows: StateRows) -> Tensor:
+    """How much of what the asked tokens read comes from each state, ``[N]``."""
+    sources = reading.relation.sources
+    is_asked = torch.zeros(sources.num_rows, dtype=torch.bool, device=asked.device)
+    is_asked[asked] = True
+    upto = torch.cat([asked.new_zeros(1), is_asked.cumsum(0)])
+    tokens = Partition.from_ptr(upto[sources.ptr])
+    relation = Relation.between(rows.nodes, tokens)
+    _, (_, alpha) = head.readout(
+        (rows.states, reading.tokens[is_asked]), relation, return_attention_weights=True
+    )
+    return group_sum(alpha.mean(1), relation.edge_index[0], rows.nodes.num_rows)
+
+
+def lost_reads(head: ExampleHead | TokenHead, reading: Reading, at: Tensor | None) -> Tensor | None:
+    r"""The share of reads that would be lost with absent states, ``[B]``; 0, but for its gradient.
+
+    :math:`\sum_j a_{ij} (1 - p_j)`, averaged over the tokens of an example that are asked, or over
+    its states where a head pools them. See :meth:`MachineState.memory_cost`.
+    """
+    state = reading.state
+    if reading.own is None or state.presence is None or not state.presence.requires_grad:
+        return None
+    if isinstance(head, ExampleHead):
+        presence, example = state.presence, state.rows.batch
+        share = 1 / state.num_states.clamp(min=1).to(presence)[example]
+    else:
+        rows = reading.own[0 if head.causal else 1]
+        assert reading.token_order is not None
+        place = torch.argsort(reading.token_order)
+        asked = place if at is None else place[at]
+        group = reading.relation.sources.batch
+        num_asked = torch.bincount(reading.groups[group[asked]], minlength=state.num_examples)
+        presence, example = rows.presence, reading.groups[rows.nodes.batch]
+        share = _read_shares(head, reading, asked, rows)
+        share = share / num_asked.clamp(min=1).to(presence)[example]
+    return group_sum(share * (1 - presence), example, state.num_examples)
 
 
 def _hide_gated(

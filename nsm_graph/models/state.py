@@ -28,9 +28,9 @@ class MachineState:
             an allocator.
         tail: ``[B, C_t]``, the last token of each stream, for a scan's convolution.
         nodes: How the rows fall into examples, where these have node sets of their own.
-        gate: ``[rows]``, of the decision that founded each state there.
         presence: ``[rows]``, of founding and staying; see
             :class:`~nsm_graph.nn.StateAllocator`.
+        lost_reads: ``[B]``, in training: see :meth:`memory_cost`.
     """
 
     states: Tensor
@@ -39,8 +39,8 @@ class MachineState:
     slots: Tensor
     tail: Tensor | None = None
     nodes: Partition | None = None
-    gate: Tensor | None = None
     presence: Tensor | None = None
+    lost_reads: Tensor | None = None
 
     @property
     def num_examples(self) -> int:
@@ -65,14 +65,29 @@ class MachineState:
 
     @property
     def expected_states(self) -> Tensor:
-        r"""The same for a loss, ``[B]``: its gradient is that of the states' presence.
-
-        ``loss + cost * state.expected_states.mean()`` charges for every state, so that tokens found
-        fewer and more of them leave.
-        """
+        """The same for a loss, ``[B]``: its gradient is that of the states' presence."""
         if self.presence is None:
             return self.num_states.to(self.states)
         return group_sum(self.presence, self.rows.batch, self.num_examples)
+
+    def memory_cost(self, per_state: float, per_read: float = 1.0) -> Tensor:
+        r"""What a loss is charged for the node sets, on average over the examples.
+
+        .. math::
+            \frac{1}{B} \sum_b \Big( c \sum_{j \in b} p_j
+            + \rho \, \overline{\textstyle\sum_j a_{ij} (1 - p_j)} \Big)
+
+        The first part makes tokens found fewer states and states leave. The second is the share of
+        what tokens (those with a prediction) read that would be lost with absent states; weights
+        :math:`a` are taken as they are, so its gradient speaks up for states that are read, however
+        sure of them a softmax is.
+
+        Args:
+            per_state: c, in the unit of the loss; less than what one of them is worth.
+            per_read: :math:`\rho`, about what a wrong prediction costs, in the unit of the loss.
+        """
+        cost = per_state * self.expected_states.mean()
+        return cost if self.lost_reads is None else cost + per_read * self.lost_reads.mean()
 
     def detach(self) -> MachineState:
         """The same memory without its history: truncated backpropagation through time."""
@@ -114,16 +129,21 @@ class MachineState:
 class NodeSetEvent(NamedTuple):
     """A state that came to the node set of one example, or left it."""
 
-    step: int  #: which segment of the stream
+    segment: int  #: of the stream
     example: int
     kind: str  #: ``"allocate"`` or ``"prune"``
     slot: int
     reason: str
-    score: float  #: the decision's logit, by which it exceeded its threshold
+    score: float  #: the logit of the decision, which was taken as it is above or below 0
+    num_states: int  #: of the example, after this segment's events of this kind
 
     def to_dict(self) -> dict[str, Any]:
-        """What JSON can hold; the scope of a :class:`~nsm_graph.memory.EditEvent` is global."""
-        return {**self._asdict(), "scope": "example"}
+        """What JSON can hold, with the keys of an :class:`~nsm_graph.memory.EditEvent`."""
+        return {
+            "scope": "example", "example": self.example, "segment": self.segment,
+            "kind": self.kind, "slots": [self.slot], "reason": self.reason,
+            "scores": [self.score], "num_active": self.num_states,
+        }  # fmt: skip
 
 
 @dataclass

@@ -16,15 +16,14 @@ class StateRows(NamedTuple):
     states: Tensor  #: ``[N, C]``
     cell: Tensor | None  #: ``[N, C]``, of an LSTM
     slots: Tensor  #: ``[N]``
-    gate: Tensor  #: ``[N]``, of the decision that founded each state
-    presence: Tensor  #: ``[N]``, of both decisions
+    presence: Tensor  #: ``[N]``, of the decisions that brought each state and let it stay
     nodes: Partition  #: how the rows fall into examples
 
     def take(self, index: Tensor, ptr: Tensor) -> StateRows:
         """Some of the rows, in whatever order, and how these fall into examples."""
         cell = None if self.cell is None else self.cell[index]
-        rows = (self.states[index], cell, self.slots[index], self.gate[index], self.presence[index])
-        return StateRows(*rows, Partition.from_ptr(ptr))
+        slots, presence = self.slots[index], self.presence[index]
+        return StateRows(self.states[index], cell, slots, presence, Partition.from_ptr(ptr))
 
     def stay(self, stays: Tensor) -> StateRows:
         """The rows that stay."""
@@ -55,10 +54,8 @@ class StateRows(NamedTuple):
     def detach(self) -> StateRows:
         """The same rows without their history."""
         cell = None if self.cell is None else self.cell.detach()
-        return self._replace(
-            states=self.states.detach(), cell=cell, gate=self.gate.detach(),
-            presence=self.presence.detach(),
-        )  # fmt: skip
+        states, presence = self.states.detach(), self.presence.detach()
+        return self._replace(states=states, cell=cell, presence=presence)
 
 
 def side_by_side(rows: list[StateRows]) -> StateRows:
@@ -69,7 +66,6 @@ def side_by_side(rows: list[StateRows]) -> StateRows:
         torch.cat([part.states for part in rows]),
         torch.cat(cells) if cells else None,
         torch.cat([part.slots for part in rows]),
-        torch.cat([part.gate for part in rows]),
         torch.cat([part.presence for part in rows]),
         Partition.from_ptr(torch.cat([count.new_zeros(1), count.cumsum(0)])),
     )

@@ -26,6 +26,13 @@ class Founding(NamedTuple):
     logit: Tensor  #: ``[T]``, of founding; positive where nothing that is known explains the token
 
 
+class Staying(NamedTuple):
+    """Which states stay."""
+
+    stays: Tensor  #: ``[N]``, bool
+    logit: Tensor  #: ``[N]``, of staying
+
+
 class StateAllocator(nn.Module):
     r"""Gives every example a node set of its own: tokens that no state explains found one.
 
@@ -39,7 +46,7 @@ class StateAllocator(nn.Module):
         - \ldots_{\, i' < i \text{ founded in this segment}}\Big), \qquad
         i \text{ founds} \iff f_i > \tfrac{1}{2} \\
         r_j &= \sigma(w \cdot s_j + b), \qquad j \text{ stays} \iff r_j > \tfrac{1}{2}, \qquad
-        p_j = f_{\mathrm{founder}(j)} \, r_j
+        p_j = f_{\mathrm{founder}(j)} \prod_{\text{segments}} r_j
 
     The match :math:`m_{ij}` is added to the router's logits, so that a token is written to the
     state that explains it. Tokens are asked in order, and those that founded a state earlier in the
@@ -49,7 +56,10 @@ class StateAllocator(nn.Module):
     Gradients pass both decisions through the presence :math:`p_j`, which acts wherever a state is
     looked at: :math:`\log p_j` is added to the scores of routing and of read-outs, and pooling
     weighs by it. With ``gate="straight_through"`` it is 1 in the forward pass, and only its
-    gradient is that of :math:`p_j`; with ``"continuous"`` it is :math:`p_j` itself.
+    gradient is that of :math:`p_j`; with ``"continuous"`` it is :math:`p_j` itself. A softmax that
+    is sure of a state does not feel a little less of its presence, so a loss that charges for
+    states charges for the reads that would be lost with them, too:
+    :meth:`nsm_graph.models.state.MachineState.memory_cost`.
 
     Source: ours (X4); the document's allocation and pruning concern all examples alike.
 
@@ -140,11 +150,11 @@ class StateAllocator(nn.Module):
         src, dst = relation.edge_index
         return self.log_sharpness.exp() * (address[src] * known[dst]).sum(-1)
 
-    def presence(self, states: Tensor, gate: Tensor) -> Tensor:
-        r""":math:`p_j` of every state, ``[N]``, whose founder's gate is known."""
+    def lasting(self, presence: Tensor, states: Tensor) -> Tensor:
+        """The presence of states, ``[N]``, after another segment."""
         if self.lin_keep is None:
-            return gate
-        return gate * self._pass(self.lin_keep(states).squeeze(-1).sigmoid())
+            return presence
+        return presence * self._pass(self.lin_keep(states).squeeze(-1).sigmoid())
 
     def _pass(self, probability: Tensor) -> Tensor:
         """The gate of a decision that was taken: 1 with straight-through, else its probability."""
@@ -209,22 +219,24 @@ class StateAllocator(nn.Module):
 
     # Who stays ##################################################################
 
-    def stays(self, states: Tensor, nodes: Partition, min_states: int) -> Tensor:
-        """Which states stay in the node sets of their examples, ``[N]``, bool.
+    def stays(self, states: Tensor, nodes: Partition, min_states: int) -> Staying:
+        """Which states stay in the node sets of their examples.
 
         The best ``min_states`` of every example always do.
         """
         if self.lin_keep is None:
-            return torch.ones(states.size(0), dtype=torch.bool, device=states.device)
-        logit = self.lin_keep(states.detach()).squeeze(-1)
+            logit = torch.full_like(states[:, 0], torch.inf)
+            return Staying(logit > 0, logit)
+        logit = self.lin_keep(states.detach()).detach().squeeze(-1)
+        tried = logit
         if self.training:
             # A little noise: what is near the border tries both sides.
-            logit = logit + 0.25 * torch.rand_like(logit).clamp(1e-6, 1 - 1e-6).logit()
-        order = torch.argsort(logit, descending=True, stable=True)
+            tried = logit + 0.25 * torch.rand_like(logit).clamp(1e-6, 1 - 1e-6).logit()
+        order = torch.argsort(tried, descending=True, stable=True)
         order = order[torch.argsort(nodes.batch[order], stable=True)]
         is_best = torch.empty_like(order, dtype=torch.bool)
         is_best[order] = nodes.place < min_states
-        return (logit > 0) | is_best
+        return Staying((tried > 0) | is_best, logit)
 
     # What it may cost ###########################################################
 

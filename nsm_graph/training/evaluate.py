@@ -16,6 +16,7 @@ from nsm_graph.models.state import MachineState
 from nsm_graph.training.batches import batches
 from nsm_graph.training.build import model_inputs
 from nsm_graph.training.config import Config
+from nsm_graph.training.node_sets import NodeSetSizes
 from nsm_graph.training.task import Task
 
 
@@ -73,41 +74,13 @@ def evaluate(
     engine.eval()
     sums, state = torch.zeros(5, dtype=torch.double), None
     sizes = NodeSetSizes()
+    sequences = split.task if isinstance(split, TaskSequences) else None
     for batch in batches(config, info, split):
         batch = batch.to(engine.device)
         predicted = predict(engine, config, task, batch, state, segment_length)
         state = predicted.state
         sums += task.count(predicted.out, predicted.y, predicted.batch, batch.num_graphs)
-        sizes.observe(predicted.node_sets, split, batch)
+        x = batch.x.unflatten(0, (batch.num_graphs, -1)) if sequences is not None else None
+        sizes.observe(predicted.node_sets, sequences, x)
     engine.train(was_training)
     return task.metrics(sums) | sizes.metrics()
-
-
-class NodeSetSizes:
-    """How many states examples had in the end, and whether it is as many as they need."""
-
-    def __init__(self) -> None:
-        self.num_states: list[Tensor] = []
-        self.needed: list[Tensor] = []
-
-    def observe(self, state: MachineState | None, split: Sequence[Data], batch: Data) -> None:
-        """Takes note of a batch; nothing to note where examples share their node set."""
-        if state is None:
-            return
-        self.num_states.append(state.num_states)
-        if isinstance(split, TaskSequences):
-            x = batch.x.unflatten(0, (batch.num_graphs, -1))
-            needed = split.task.needed_states(x.cpu())
-            if needed is not None:
-                self.needed.append(needed.to(state.num_states))
-
-    def metrics(self) -> dict[str, float]:
-        """Their mean, and the share of examples whose number is at most one off."""
-        if not self.num_states:
-            return {}
-        num_states = torch.cat(self.num_states)
-        result = {"num_states": float(num_states.float().mean())}
-        if self.needed:
-            error = (num_states - torch.cat(self.needed)).abs()
-            result["states_within_one"] = float((error <= 1).float().mean())
-        return result

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import TracebackType
 
 from nsm_graph.memory import EditEvent
+from nsm_graph.models.state import NodeSetEvent
 
 
 class Log:
@@ -34,6 +35,13 @@ class Log:
         self._file.write(json.dumps({"split": "memory", **event.to_dict()}) + "\n")
         self._file.flush()
         self._board.add_scalar("memory/num_active", event.num_active, event.step)
+
+    def write_node_sets(self, step: int, events: list[NodeSetEvent]) -> None:
+        """Records who came to the node sets of single examples, and who left, as of a step."""
+        for event in events:
+            line = {"split": "memory", "step": step, **event.to_dict()}
+            self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
 
     def __enter__(self) -> Log:
         return self

@@ -20,6 +20,7 @@ from nsm_graph.training.config import Config, TrainConfig
 from nsm_graph.training.curriculum import FreshSequences
 from nsm_graph.training.evaluate import evaluate, predict
 from nsm_graph.training.log import Log
+from nsm_graph.training.node_sets import node_set_events
 from nsm_graph.training.progress import Progress
 from nsm_graph.training.schedule import Schedule
 from nsm_graph.training.task import Task
@@ -91,7 +92,7 @@ def fit(
                 loss = task.loss(predicted.out, predicted.y, train.label_smoothing)
                 if predicted.node_sets is not None:
                     cost = config.memory.state_cost * schedule.hardness(progress)
-                    loss = loss + cost * predicted.node_sets.expected_states.mean()
+                    loss = loss + predicted.node_sets.memory_cost(cost)
                 _check_loss(loss, step, train)
                 stepper.zero_grad()
                 fabric.backward(loss)
@@ -123,6 +124,7 @@ def fit(
             seconds = time.monotonic() - start
             log.write("train", step, epoch=epoch, seconds=seconds, lr=rate, **trained)
             log.write("validation", step, epoch=epoch, seconds=seconds, **validated)
+            log.write_node_sets(step, node_set_events(engine, config, splits.validation))
             bar.report(epoch, _text(trained, task), _text(validated, task), progress)
 
             if train.keep == "last" or best is None or task.score(validated) > best:

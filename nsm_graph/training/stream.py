@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nsm_graph.data.sequences import TEST_SEED
 from nsm_graph.data.tasks import IGNORED, SequenceTask
+from nsm_graph.training.node_sets import NodeSetSizes
 
 #: Tokens of each sequence that one call reads; a multiple of the segment length is taken.
 PIECE = 1024
@@ -63,21 +64,27 @@ def evaluate_stream(
     was_training = engine.training
     engine.eval()
     count = _Count(test.num_examples)
+    has_node_sets = getattr(getattr(engine, "cell", None), "allocator", None) is not None
     segment = test.segment_length or built_for or 1
     piece = max(1, PIECE // segment) * segment if carries else test.length
     generator = torch.Generator().manual_seed(TEST_SEED)
     options: dict[str, Any] = {}
     if test.segment_length is not None:
         options["segment_length"] = test.segment_length
-    state = None
+    state, read = None, []
     for x, y in test.task.stream(test.num_examples, test.length, generator, piece):
         x, y = x.to(engine.device), y.to(engine.device)
         batch = torch.arange(x.size(0), device=x.device).repeat_interleave(x.size(1))
-        output = engine.run(x.flatten(), batch, batch_size=x.size(0), state=state, **options)
+        output = engine.run(x.flatten(0, 1), batch, batch_size=x.size(0), state=state, **options)
         state = output.state
         count.add(output.out.argmax(-1).view_as(y), y)
+        if has_node_sets:
+            read.append(x)
     engine.train(was_training)
-    return count.metrics(test.task.chance)
+    sizes = NodeSetSizes()
+    if has_node_sets:
+        sizes.observe(state, test.task, torch.cat(read, 1))
+    return count.metrics(test.task.chance) | sizes.metrics()
 
 
 class _Count:

@@ -19,9 +19,8 @@ class Example:
     def __init__(self, w, o, allocator, slots):
         self.w, self.o, self.a = w, o, allocator
         self.states = {m: w["manager.bank"][m] for m in slots}
-        self.gates = {m: torch.ones((), dtype=torch.float64) for m in slots}
+        self.present = {m: torch.ones((), dtype=torch.float64) for m in slots}
         self.cells = {m: self.no_cell() for m in slots}
-        self.is_settled = {m: True for m in slots}
 
     def no_cell(self):
         gated = self.w["manager.bank"].size(1) - self.a.address_channels
@@ -34,9 +33,7 @@ class Example:
         return affine(self.w, "cell.allocator.lin_keep", self.states[m])[0]
 
     def presence(self, m):
-        if not self.a.prune or not self.is_settled[m]:
-            return self.gates[m]
-        return self.gates[m] * self.passed(self.keeps(m).sigmoid())
+        return self.present[m]
 
     def match(self, address, m):
         known = unit(self.states[m][: self.a.address_channels])
@@ -56,7 +53,7 @@ class Example:
         for address, gate in fresh:
             m = min(set(range(self.o.num_slots)) - set(self.states))
             self.states[m] = torch.cat([address, bank[m][self.a.address_channels :]])
-            self.gates[m], self.cells[m], self.is_settled[m] = gate, self.no_cell(), False
+            self.present[m], self.cells[m] = gate, self.no_cell()
         slots = sorted(self.states)
         self.states = {m: self.states[m] for m in slots}
 
@@ -99,7 +96,8 @@ class Example:
             new = norm(w, "cell.communication.norm", new + read)
         for j, m in enumerate(slots):
             self.states[m] = torch.cat([address_part[j], new[j]])
-            self.is_settled[m] = True
+            if self.a.prune:
+                self.present[m] = self.present[m] * self.passed(self.keeps(m).sigmoid())
             if cells is not None:
                 self.cells[m] = cells[j]
         if self.a.prune:

@@ -161,7 +161,7 @@ def test_equal_tokens_found_one_state_and_new_ones_another():
     known, new = torch.randn(2, 3, dtype=torch.float64)
     x = torch.stack([known, known, known, known, known, new, new, known])
     result = machine.run(x, record=True)
-    logs = [(event.step, event.kind, event.slot) for event in result.record.events]
+    logs = [(event.segment, event.kind, event.slot) for event in result.record.events]
     assert logs in ([(0, "allocate", 1), (1, "allocate", 2)], [(0, "allocate", 1)])
     address = machine.cell.allocator.address(machine.embedding(torch.stack([known, new]))).detach()
     cosine = float(address[0] @ address[1])
@@ -197,11 +197,14 @@ def test_edits_change_the_graph_and_are_events():
     kinds = [event.kind for event in record.events]
     assert "allocate" in kinds and "prune" in kinds
     for step, relation in enumerate(record.relations):
-        events = [event for event in record.events if event.step == step]
+        events = [event for event in record.events if event.segment == step]
         num_states += sum(event.kind == "allocate" for event in events)
         assert relation.num_dst == num_states == record.slots[step].numel()
         num_states -= sum(event.kind == "prune" for event in events)
     assert result.state.num_states.tolist() == [num_states]
+    for event in record.events:
+        assert (event.score > 0) == (event.kind == "allocate")
+    assert record.events[-1].num_states == result.state.num_states.item()
     assert record.events[0].to_dict()["scope"] == "example"
 
 
@@ -349,7 +352,7 @@ def test_refuses_states_of_other_machines():
         plain.run(x, state=state)
     from dataclasses import replace
 
-    with pytest.raises(ValueError, match="one entry of gate"):
-        machine.run(x, state=replace(state, gate=None))
+    with pytest.raises(ValueError, match="one entry of presence"):
+        machine.run(x, state=replace(state, presence=None))
     with pytest.raises(ValueError, match="must ascend"):
         machine.run(x, state=replace(state, slots=state.slots.flip(0)))
