@@ -444,9 +444,7 @@ class NeuralStateMachine(nn.Module):
             self.cell.allocator.restrain(float(reading.state.num_states.float().mean()))
         watch = partial(self._watch_gradient, has_tokens)
         out, tokens = predict(self.head, self.cell, reading, at, watch)
-        state = reading.state
-        if self.training:
-            state = replace(state, lost_reads=lost_reads(self.head, reading, at))
+        state = replace(reading.state, lost_reads=lost_reads(self.head, reading, at))
         return MachineOutput(out, tokens, state, notes)
 
     def from_hetero(self, data: HeteroData) -> HeteroData:

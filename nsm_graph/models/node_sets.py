@@ -150,11 +150,10 @@ class _Reader:
         mass = cell.routing_mass(weights, inputs.relation)
 
         states = output.states
-        rows = rows._replace(
-            states=states,
-            cell=output.propagated.cell,
-            presence=allocator.lasting(rows.presence, states),
-        )
+        rows = rows._replace(states=states, cell=output.propagated.cell)
+        keep = allocator.keep(states)
+        if keep is not None:
+            rows = rows._replace(presence=rows.presence * keep, lasting=rows.lasting * keep)
         after = rows
         staying = allocator.stays(states, rows.nodes, self.manager.min_states)
         if not bool(staying.stays.all()):
@@ -191,11 +190,11 @@ class _Reader:
         states = torch.cat(
             [address[founder], self.manager.bank[slots, allocator.address_channels :]], dim=1
         )
-        new_cell = None
+        gate, new_cell = founding.gate[founder], None
         if rows.cell is not None:
             new_cell = rows.cell.new_zeros(founder.numel(), rows.cell.size(1))
         rows = rows.join(
-            StateRows(states, new_cell, slots, founding.gate[founder], nodes), num_slots
+            StateRows(states, new_cell, slots, gate, torch.ones_like(gate), nodes), num_slots
         )
         relation = Relation.between(tokens, rows.nodes)
         events = []
@@ -236,8 +235,10 @@ def _events(
 
 def _rows_of(state: MachineState) -> StateRows:
     """The carried rows; those of a stream that begins are wholly present."""
-    presence = torch.ones_like(state.states[:, 0]) if state.presence is None else state.presence
-    return StateRows(state.states, state.cell, state.row_slots, presence, state.rows)
+    there = torch.ones_like(state.states[:, 0])
+    presence = there if state.presence is None else state.presence
+    lasting = there if state.lasting is None else state.lasting
+    return StateRows(state.states, state.cell, state.row_slots, presence, lasting, state.rows)
 
 
 def _reading(
@@ -257,6 +258,7 @@ def _reading(
         slots=rows.slots,
         nodes=rows.nodes,
         presence=rows.presence,
+        lasting=rows.lasting,
     )
     nobody = rows.split(0)[0]
     mass = [step.mass for step in steps if step.mass is not None]

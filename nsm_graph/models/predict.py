@@ -101,28 +101,29 @@ def _read_shares(head: TokenHead, reading: Reading, asked: Tensor, rows: StateRo
 
 
 def lost_reads(head: ExampleHead | TokenHead, reading: Reading, at: Tensor | None) -> Tensor | None:
-    r"""The share of reads that would be lost with absent states, ``[B]``; 0, but for its gradient.
+    r"""The share of reads that would be lost with states that leave, ``[B]``; 0, but for its gradient.
 
     :math:`\sum_j a_{ij} (1 - p_j)`, averaged over the tokens of an example that are asked, or over
     its states where a head pools them. See :meth:`MachineState.memory_cost`.
     """
     state = reading.state
-    if reading.own is None or state.presence is None or not state.presence.requires_grad:
+    if reading.own is None or state.lasting is None or not state.lasting.requires_grad:
         return None
     if isinstance(head, ExampleHead):
-        presence, example = state.presence, state.rows.batch
-        share = 1 / state.num_states.clamp(min=1).to(presence)[example]
+        lasting, example = state.lasting, state.rows.batch
+        share = 1 / state.num_states.clamp(min=1).to(lasting)[example]
     else:
         rows = reading.own[0 if head.causal else 1]
         assert reading.token_order is not None
+        assert reading.groups is not None
         place = torch.argsort(reading.token_order)
         asked = place if at is None else place[at]
         group = reading.relation.sources.batch
         num_asked = torch.bincount(reading.groups[group[asked]], minlength=state.num_examples)
-        presence, example = rows.presence, reading.groups[rows.nodes.batch]
+        lasting, example = rows.lasting, reading.groups[rows.nodes.batch]
         share = _read_shares(head, reading, asked, rows)
-        share = share / num_asked.clamp(min=1).to(presence)[example]
-    return group_sum(share * (1 - presence), example, state.num_examples)
+        share = share / num_asked.clamp(min=1).to(lasting)[example]
+    return group_sum(share * (1 - lasting), example, state.num_examples)
 
 
 def _hide_gated(

@@ -30,7 +30,8 @@ class MachineState:
         nodes: How the rows fall into examples, where these have node sets of their own.
         presence: ``[rows]``, of founding and staying; see
             :class:`~nsm_graph.nn.StateAllocator`.
-        lost_reads: ``[B]``, in training: see :meth:`memory_cost`.
+        lasting: ``[rows]``, of staying alone.
+        lost_reads: ``[B]``, where presence has a gradient: see :meth:`memory_cost`.
     """
 
     states: Tensor
@@ -40,6 +41,7 @@ class MachineState:
     tail: Tensor | None = None
     nodes: Partition | None = None
     presence: Tensor | None = None
+    lasting: Tensor | None = None
     lost_reads: Tensor | None = None
 
     @property
@@ -75,12 +77,12 @@ class MachineState:
 
         .. math::
             \frac{1}{B} \sum_b \Big( c \sum_{j \in b} p_j
-            + \rho \, \overline{\textstyle\sum_j a_{ij} (1 - p_j)} \Big)
+            + \rho \, \overline{\textstyle\sum_j a_{ij} (1 - \textstyle\prod r_j)} \Big)
 
         The first part makes tokens found fewer states and states leave. The second is the share of
-        what tokens (those with a prediction) read that would be lost with absent states; weights
-        :math:`a` are taken as they are, so its gradient speaks up for states that are read, however
-        sure of them a softmax is.
+        what tokens (those with a prediction) read that would be lost with states that leave;
+        weights :math:`a` are taken as they are, so its gradient speaks up for states that are read,
+        however sure of them a softmax is.
 
         Args:
             per_state: c, in the unit of the loss; less than what one of them is worth.

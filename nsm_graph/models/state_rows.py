@@ -17,13 +17,15 @@ class StateRows(NamedTuple):
     cell: Tensor | None  #: ``[N, C]``, of an LSTM
     slots: Tensor  #: ``[N]``
     presence: Tensor  #: ``[N]``, of the decisions that brought each state and let it stay
+    lasting: Tensor  #: ``[N]``, of those alone that let it stay
     nodes: Partition  #: how the rows fall into examples
 
     def take(self, index: Tensor, ptr: Tensor) -> StateRows:
         """Some of the rows, in whatever order, and how these fall into examples."""
         cell = None if self.cell is None else self.cell[index]
-        slots, presence = self.slots[index], self.presence[index]
-        return StateRows(self.states[index], cell, slots, presence, Partition.from_ptr(ptr))
+        columns = (self.states[index], cell, self.slots[index])
+        gates = (self.presence[index], self.lasting[index])
+        return StateRows(*columns, *gates, Partition.from_ptr(ptr))
 
     def stay(self, stays: Tensor) -> StateRows:
         """The rows that stay."""
@@ -54,8 +56,10 @@ class StateRows(NamedTuple):
     def detach(self) -> StateRows:
         """The same rows without their history."""
         cell = None if self.cell is None else self.cell.detach()
-        states, presence = self.states.detach(), self.presence.detach()
-        return self._replace(states=states, cell=cell, presence=presence)
+        return self._replace(
+            states=self.states.detach(), cell=cell, presence=self.presence.detach(),
+            lasting=self.lasting.detach(),
+        )  # fmt: skip
 
 
 def side_by_side(rows: list[StateRows]) -> StateRows:
@@ -67,5 +71,6 @@ def side_by_side(rows: list[StateRows]) -> StateRows:
         torch.cat(cells) if cells else None,
         torch.cat([part.slots for part in rows]),
         torch.cat([part.presence for part in rows]),
+        torch.cat([part.lasting for part in rows]),
         Partition.from_ptr(torch.cat([count.new_zeros(1), count.cumsum(0)])),
     )

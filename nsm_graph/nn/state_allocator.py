@@ -150,11 +150,11 @@ class StateAllocator(nn.Module):
         src, dst = relation.edge_index
         return self.log_sharpness.exp() * (address[src] * known[dst]).sum(-1)
 
-    def lasting(self, presence: Tensor, states: Tensor) -> Tensor:
-        """The presence of states, ``[N]``, after another segment."""
+    def keep(self, states: Tensor) -> Tensor | None:
+        r"""The gates of states that stay, of :math:`r_j`, ``[N]``; None where all do."""
         if self.lin_keep is None:
-            return presence
-        return presence * self._pass(self.lin_keep(states).squeeze(-1).sigmoid())
+            return None
+        return self._pass(self.lin_keep(states).squeeze(-1).sigmoid())
 
     def _pass(self, probability: Tensor) -> Tensor:
         """The gate of a decision that was taken: 1 with straight-through, else its probability."""

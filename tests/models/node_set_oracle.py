@@ -19,7 +19,9 @@ class Example:
     def __init__(self, w, o, allocator, slots):
         self.w, self.o, self.a = w, o, allocator
         self.states = {m: w["manager.bank"][m] for m in slots}
+        self.losses = []
         self.present = {m: torch.ones((), dtype=torch.float64) for m in slots}
+        self.lasts = dict(self.present)
         self.cells = {m: self.no_cell() for m in slots}
 
     def no_cell(self):
@@ -54,6 +56,7 @@ class Example:
             m = min(set(range(self.o.num_slots)) - set(self.states))
             self.states[m] = torch.cat([address, bank[m][self.a.address_channels :]])
             self.present[m], self.cells[m] = gate, self.no_cell()
+            self.lasts[m] = torch.ones((), dtype=torch.float64)
         slots = sorted(self.states)
         self.states = {m: self.states[m] for m in slots}
 
@@ -97,7 +100,8 @@ class Example:
         for j, m in enumerate(slots):
             self.states[m] = torch.cat([address_part[j], new[j]])
             if self.a.prune:
-                self.present[m] = self.present[m] * self.passed(self.keeps(m).sigmoid())
+                gate = self.passed(self.keeps(m).sigmoid())
+                self.present[m], self.lasts[m] = self.present[m] * gate, self.lasts[m] * gate
             if cells is not None:
                 self.cells[m] = cells[j]
         if self.a.prune:
@@ -117,12 +121,27 @@ class Example:
         bias = torch.stack([self.presence(m).log() for m in self.states])
         bias = bias.view(1, -1, 1).expand(len(x), -1, self.o.heads).transpose(0, 1)
         query = affine(self.w, "head.readout.lin_query", x)
+        self.note_losses(query, key)
         read = attend(query, key, value, self.o.heads, bias=bias)
         read = affine(self.w, "head.readout.lin_out", read)
         return affine(self.w, "head.lin_out", norm(self.w, "head.norm", x + read))
 
+    def note_losses(self, query, key):
+        """What each token would lose with states that leave."""
+        width = query.size(1) // self.o.heads
+        p = torch.stack([self.lasts[m] for m in self.states])
+        for row in query:
+            lost = 0.0
+            for h in range(self.o.heads):
+                part = slice(h * width, (h + 1) * width)
+                score = key[:, part] @ row[part] / width**0.5
+                weight = score.softmax(0).detach()
+                lost = lost + (weight * (1 - p)).sum() / self.o.heads
+            self.losses.append(lost)
+
     def pooled(self):
         p = torch.stack([self.presence(m) for m in self.states])
+        self.losses = [1 - self.lasts[m] for m in self.states]
         s = torch.stack(list(self.states.values()))
         if self.o.pool == "mean":
             pooled = (p.unsqueeze(1) * s).sum(0) / p.sum()
