@@ -14,6 +14,7 @@ from nsm_graph.models import NeuralStateMachine
 #: Examples, tokens, states: where states weigh, and the machine of the other benchmarks.
 PRUNED, WATCHED = (8, 1024, 64), (32, 1024, 16)
 CHANNELS, SEGMENT = 64, 16
+SIGNALS = ("gradient", "update", "sharpness")
 #: A step with half of the states, beside all; with every signal watched, beside the routing mass.
 TARGET_HALF, TARGET_WATCHED = 1.6, 1 / 1.03
 
@@ -48,7 +49,7 @@ def _half(repetitions: int, length: int | None) -> BenchRecord:
 def _watched(repetitions: int, length: int | None) -> BenchRecord:
     examples, tokens, states = WATCHED
     x, batch = _sequences(examples, length or tokens)
-    watched, plain = _machine(states, {"gradient": 100, "update": 100}), _machine(states)
+    watched, plain = _machine(states, dict.fromkeys(SIGNALS, 100.0)), _machine(states)
     editor = MemoryEditor(watched.manager)
 
     def step() -> None:
@@ -58,9 +59,9 @@ def _watched(repetitions: int, length: int | None) -> BenchRecord:
     time = interleaved_medians(
         {"watched": step, "plain": partial(_step, plain, x, batch)}, repetitions
     )
-    is_right = all(bool((watched.manager.signal_ema(n) > 0).all()) for n in ("gradient", "update"))
+    is_right = all(bool((watched.manager.signal_ema(n) > 0).all()) for n in SIGNALS)
     return BenchRecord(
-        "editing: routing mass, gradient and update watched", "routing mass", time["watched"],
+        f"editing: routing mass, {', '.join(SIGNALS)} watched", "routing mass", time["watched"],
         time["plain"], is_right, TARGET_WATCHED,
     )  # fmt: skip
 

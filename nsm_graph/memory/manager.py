@@ -29,8 +29,9 @@ class StateManager(nn.Module):
         initial_states: Slots active at first; ``None`` for all. (default: :obj:`None`)
         min_states: Pruning never leaves fewer. (default: :obj:`1`)
         decay: Decay of the routing mass's moving average per observation. (default: :obj:`0.99`)
-        watch: Further signals to watch and the horizon of each, in observations: ``"gradient"``
-            and ``"update"``, which a machine feeds, and any name that you feed yourself.
+        watch: Further signals to watch and the horizon of each, in observations: ``"gradient"``,
+            ``"update"`` and ``"sharpness"``, which a machine feeds, and any name that you feed
+            yourself.
             (default: :obj:`None`)
 
     Raises:

@@ -14,7 +14,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from nsm_graph.memory import routing_mass
+from nsm_graph import ops
+from nsm_graph.memory import attention_sharpness, routing_mass
 from nsm_graph.nn import (
     HybridAttention,
     Propagated,
@@ -249,10 +250,7 @@ class StateMachineCell(nn.Module):
             else:
                 routed = self.router.lin_out(routing.routed)
         if self.attention is not None:
-            key, value = self.attention.project_tokens(x)
-            if self.rotary is not None:
-                heads = (self.attention.heads, self.attention.head_channels)
-                key = self.rotary(key.unflatten(-1, heads), place).flatten(-2)
+            key, value = self.keys(x, place)
             if self.relative is not None:
                 relative = self.relative(place)[relation.edge_index[0]]
                 bias = relative if bias is None else bias + relative
@@ -265,6 +263,26 @@ class StateMachineCell(nn.Module):
         mask = None if relation.reaches_every_target else relation.has_in_edge
         inputs = SegmentInputs(relation, routed, key, value, bias, scan, mask, None, None)
         return inputs, weights
+
+    def keys(self, x: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of tokens, ``[T, C]``, at their places in a segment."""
+        assert self.attention is not None
+        key, value = self.attention.project_tokens(x)
+        if self.rotary is not None:
+            heads = (self.attention.heads, self.attention.head_channels)
+            key = self.rotary(key.unflatten(-1, heads), place).flatten(-2)
+        return key, value
+
+    @torch.no_grad()
+    def sharpness(self, states: Tensor, x: Tensor, place: Tensor, relation: Relation) -> Tensor:
+        """How sharply states would attend to tokens, ``[N]``, for whoever watches it."""
+        assert self.attention is not None
+        heads = (self.attention.heads, self.attention.head_channels)
+        query = self.attention.lin_query(states).unflatten(-1, heads)
+        key = self.keys(x, place)[0].unflatten(-1, heads)
+        bias = None if self.relative is None else self.relative(place)[relation.edge_index[0]]
+        weights = ops.edge_attention_weights(query, key, relation, bias=bias)
+        return attention_sharpness(weights, relation)
 
     def split(self, inputs: SegmentInputs, steps: list[Relation]) -> list[SegmentInputs]:
         """Cuts what was hoisted into the slices that the steps read.

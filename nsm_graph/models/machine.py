@@ -32,6 +32,7 @@ from nsm_graph.nn import (
     TokenConvolution,
 )
 from nsm_graph.partition import Partition
+from nsm_graph.relation import Relation
 from nsm_graph.topology import Topology, complete
 
 
@@ -86,7 +87,7 @@ class NeuralStateMachine(nn.Module):
             (default: :obj:`None`)
         min_states: Pruning never leaves fewer. (default: :obj:`1`)
         watch: Signals of importance to watch in training beside the routing mass, and the horizon
-            of each: ``{"gradient": 100, "update": 100}``, see
+            of each: ``{"gradient": 100, "update": 100, "sharpness": 100}`` (of attention), see
             :class:`nsm_graph.memory.StateManager`. (default: :obj:`None`)
         dropout: Dropout of tokens and of what the head reads. (default: :obj:`0.0`)
         num_steps: Passes over a graph; only with ``segment_length=None``. (default: :obj:`None`)
@@ -388,7 +389,7 @@ class NeuralStateMachine(nn.Module):
                 state = replace(
                     state, tail=TokenConvolution.next_tail(tokens, examples, state.tail)
                 )
-            tokens = self._add_position(tokens, plan, ptr, state)
+            tokens = embedded = self._add_position(tokens, plan, ptr, state)
             if self.cell.allocator is None:
                 reading = read_sequence(
                     self.cell,
@@ -421,6 +422,7 @@ class NeuralStateMachine(nn.Module):
                 tokens = self.graph_position(tokens, pe)
             if edge_attr is not None and self.edge_embedding is not None:
                 edge_attr = self.edge_embedding(edge_attr)
+            embedded, segment_length = tokens, None
             reading = read_passes(
                 self.cell,
                 self.passes,
@@ -440,6 +442,8 @@ class NeuralStateMachine(nn.Module):
             moved = update_norm(state.states, reading.state.states)
             speaks = has_tokens[state.rows.batch]
             self._observe("update", moved[speaks], state.row_slots[speaks])
+        if self.training and "sharpness" in self.manager.decays:
+            self._observe_sharpness(embedded, ptr, reading.state, segment_length)
         if self.training and self.cell.allocator is not None:
             self.cell.allocator.restrain(float(reading.state.num_states.float().mean()))
         watch = partial(self._watch_gradient, has_tokens)
@@ -482,6 +486,22 @@ class NeuralStateMachine(nn.Module):
                 has_tokens = (relation.sources.ptr.diff() > 0)[relation.targets.batch]
                 mass, slots = mass[has_tokens], slots[has_tokens]
         self._observe("routing", mass, slots)
+
+    def _observe_sharpness(
+        self, x: Tensor, ptr: Tensor, state: MachineState, segment_length: int | None
+    ) -> None:
+        """Feeds how sharply the final states look at what was read last: a segment, or a graph."""
+        count = ptr.diff()
+        last = count
+        if segment_length is not None:
+            last = torch.where(count > 0, (count - 1) % segment_length + 1, 0)
+        tokens = Partition.from_ptr(torch.cat([last.new_zeros(1), last.cumsum(0)]))
+        index = (ptr[1:] - last)[tokens.batch] + tokens.place
+        relation = Relation.between(tokens, state.rows)
+        signal = self.cell.sharpness(state.states, x[index], tokens.place, relation)
+        speaks = (last > 1)[state.rows.batch]  # one token alone says nothing
+        if bool(speaks.any()):
+            self._observe("sharpness", signal[speaks], state.row_slots[speaks])
 
     def _watch_gradient(
         self, has_tokens: Tensor, states: Tensor, slots: Tensor, example: Tensor | None

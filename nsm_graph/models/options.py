@@ -68,6 +68,8 @@ def check_options(
     check_choice("position", position, SEQUENCE_POSITIONS)
     if edge_embeddings is not None and edge_channels is not None:
         raise ValueError("edge_embeddings (symbols) and edge_channels (features) exclude another")
+    if "sharpness" in (watch or {}) and mix == "routing":
+        raise ValueError('watch: "sharpness" is that of the attention, but mix="routing" has none')
     if allocator is not None:
         _check_allocator(allocator, segment_length, scan, mix, watch, **sizes)
     if segment_length is None:

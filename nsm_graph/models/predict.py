@@ -101,10 +101,10 @@ def _read_shares(head: TokenHead, reading: Reading, asked: Tensor, rows: StateRo
 
 
 def lost_reads(head: ExampleHead | TokenHead, reading: Reading, at: Tensor | None) -> Tensor | None:
-    r"""The share of reads that would be lost with states that leave, ``[B]``; 0, but for its gradient.
+    r"""The share of reads that is lost with states that leave, ``[B]``; 0, but for its gradient.
 
-    :math:`\sum_j a_{ij} (1 - p_j)`, averaged over the tokens of an example that are asked, or over
-    its states where a head pools them. See :meth:`MachineState.memory_cost`.
+    :math:`\sum_j a_{ij} (1 - \prod r_j)`, averaged over the tokens of an example that are asked, or
+    over its states where a head pools them. See :meth:`MachineState.memory_cost`.
     """
     state = reading.state
     if reading.own is None or state.lasting is None or not state.lasting.requires_grad:

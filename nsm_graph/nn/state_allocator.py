@@ -70,7 +70,7 @@ class StateAllocator(nn.Module):
             (default: :obj:`16`)
         gate: ``"straight_through"`` or ``"continuous"``. (default: :obj:`"straight_through"`)
         prune: Whether states can leave again. (default: :obj:`True`)
-        sharpness: Where :math:`\tau` starts. (default: :obj:`12.0`)
+        match_scale: Where :math:`\tau` starts. (default: :obj:`12.0`)
         novelty: Where :math:`\theta` starts, as a share of :math:`\tau`: tokens that match no state
             better than that found one. (default: :obj:`0.5`)
         budget: States that an example shall have on average, at most: a threshold on
@@ -103,7 +103,7 @@ class StateAllocator(nn.Module):
         address_channels: int = 16,
         gate: str = "straight_through",
         prune: bool = True,
-        sharpness: float = 12.0,
+        match_scale: float = 12.0,
         novelty: float = 0.5,
         budget: float | None = None,
     ) -> None:
@@ -115,17 +115,17 @@ class StateAllocator(nn.Module):
                 f"address_channels must be positive and leave channels for what a state holds, so "
                 f"1..{state_channels - 1}, but is {address_channels}"
             )
-        if sharpness <= 0:
-            raise ValueError(f"sharpness must be positive, but is {sharpness}")
+        if match_scale <= 0:
+            raise ValueError(f"match_scale must be positive, but is {match_scale}")
         if budget is not None and budget < 1:
             raise ValueError(f"budget must be at least 1 state, or None, but is {budget}")
         self.token_channels, self.state_channels = token_channels, state_channels
         self.address_channels = address_channels
         self.gate, self.prune, self.budget = gate, prune, budget
-        self.initial_sharpness, self.initial_novelty = float(sharpness), float(novelty)
+        self.initial_scale, self.initial_novelty = float(match_scale), float(novelty)
         self.lin_address = Linear(token_channels, address_channels, bias=False)
         self.lin_keep = Linear(state_channels, 1) if prune else None
-        self.log_sharpness = nn.Parameter(torch.empty(()))
+        self.log_scale = nn.Parameter(torch.empty(()))
         self.novelty = nn.Parameter(torch.empty(()))
         self.register_buffer("restraint", torch.zeros(()))
         self.reset_parameters()
@@ -136,8 +136,8 @@ class StateAllocator(nn.Module):
             # Everybody stays at first; whom nobody needs is learned.
             nn.init.zeros_(self.lin_keep.weight)
             nn.init.constant_(self.lin_keep.bias, 2.0)
-        nn.init.constant_(self.log_sharpness, math.log(self.initial_sharpness))
-        nn.init.constant_(self.novelty, self.initial_novelty * self.initial_sharpness)
+        nn.init.constant_(self.log_scale, math.log(self.initial_scale))
+        nn.init.constant_(self.novelty, self.initial_novelty * self.initial_scale)
         self.restraint.zero_()
 
     def address(self, x: Tensor) -> Tensor:
@@ -148,7 +148,7 @@ class StateAllocator(nn.Module):
         """How well states explain tokens, ``[E]``, for every edge from a token to a state."""
         known = F.normalize(states[:, : self.address_channels], dim=-1)
         src, dst = relation.edge_index
-        return self.log_sharpness.exp() * (address[src] * known[dst]).sum(-1)
+        return self.log_scale.exp() * (address[src] * known[dst]).sum(-1)
 
     def keep(self, states: Tensor) -> Tensor | None:
         r"""The gates of states that stay, of :math:`r_j`, ``[N]``; None where all do."""
@@ -175,11 +175,11 @@ class StateAllocator(nn.Module):
             tokens: How the tokens fall into examples.
             room: How many states each example can still take, ``[B]``.
         """
-        sharpness = self.log_sharpness.exp()
+        scale = self.log_scale.exp()
         place = torch.arange(tokens.max_count, device=address.device)
         address_BSA, explained_BS = tokens.pad(address), tokens.pad(explained)
         is_token_BS = tokens.mask()
-        match_BSS = sharpness * (address_BSA @ address_BSA.mT)
+        match_BSS = scale * (address_BSA @ address_BSA.mT)
         noise_BS = torch.zeros_like(explained_BS)
         if self.training:
             uniform = torch.rand_like(explained_BS).clamp(1e-6, 1 - 1e-6)
@@ -212,8 +212,8 @@ class StateAllocator(nn.Module):
     def explained(self, match: Tensor, presence: Tensor, relation: Relation) -> Tensor:
         r""":math:`\log \sum_j p_j e^{m_{ij}}` over the states of each token's example, ``[T]``."""
         src, dst = relation.edge_index
-        # A match is a cosine times the sharpness, so the highest possible one is known.
-        top = self.log_sharpness.exp()
+        # A match is a cosine times the scale, so the highest possible one is known.
+        top = self.log_scale.exp()
         total = group_sum((match - top).exp() * presence[dst], src, relation.num_src)
         return total.clamp(min=torch.finfo(total.dtype).tiny).log() + top
 

@@ -18,7 +18,7 @@ from nsm_graph.memory.policy import Policy
 from nsm_graph.training.checks import check_choice, check_range, check_types
 
 RULES = ("prune_below", "merge_above", "split_above", "grow_above", "plateau")
-SIGNALS = ("routing", "gradient", "update")
+SIGNALS = ("routing", "gradient", "update", "sharpness")
 #: Horizon of every signal's moving average, in steps.
 HORIZON = 100
 
@@ -34,7 +34,8 @@ class MemoryConfig:
         split_above: Split the busiest state from so many times the mean of the signal on.
         grow_above: Add a state while the occupancy, the effective number of states over their
             number, is at least this.
-        signal: Which signal pruning and splitting look at: routing (mass), gradient or update.
+        signal: Which signal pruning and splitting look at: routing (mass), gradient, update or
+            sharpness (of attention).
         plateau: Add a state when the training loss has not fallen for so many looks.
         min_states: Never fewer states.
         max_states: Never more; as many as there are slots if not given.

@@ -17,7 +17,7 @@ ALLOCATOR_KEYS = {
     "address_channels": "address_channels",
     "presence_gate": "gate",
     "prune_states": "prune",
-    "sharpness": "sharpness",
+    "match_scale": "match_scale",
     "novelty": "novelty",
     "state_budget": "budget",
 }
@@ -67,8 +67,9 @@ class ModelConfig:
             which starts with num_states and grows up to max_states.
         presence_gate: address_channels: straight_through or continuous.
         prune_states: address_channels: whether states can leave an example again.
-        sharpness: address_channels: where the sharpness of matches starts.
-        novelty: address_channels: where the threshold of founding starts, as a share of sharpness.
+        match_scale: address_channels: where the scale of matches starts.
+        novelty: address_channels: where the threshold of founding starts, as a share of
+            that scale.
         state_budget: address_channels: states that an example may have on average.
         tie_embeddings: Tasks over symbols: one table for input and output.
         gated_dropout: scan: share of examples whose gated heads are hidden in training.
@@ -109,7 +110,7 @@ class ModelConfig:
     address_channels: int | None = None
     presence_gate: str | None = None
     prune_states: bool | None = None
-    sharpness: float | None = None
+    match_scale: float | None = None
     novelty: float | None = None
     state_budget: float | None = None
     tie_embeddings: bool | None = None
@@ -162,7 +163,7 @@ class ModelConfig:
                     f"model.{key}: expected only where examples have node sets of their own; set "
                     f"model.address_channels, too"
                 )
-        check_range("model.sharpness", self.sharpness, 0, above=True)
+        check_range("model.match_scale", self.match_scale, 0, above=True)
         check_range("model.state_budget", self.state_budget, 1)
         check_range("model.gated_dropout", self.gated_dropout, 0, 0.99)
         if self.conv is not None and self.num_steps is None:

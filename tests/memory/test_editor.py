@@ -218,6 +218,40 @@ def test_a_machine_feeds_the_signals_that_are_watched():
     assert torch.equal(model.manager.signal_ema("update"), before)
 
 
+@pytest.mark.parametrize("position", ["learned", "rotary", "relative", None])
+def test_sharpness_is_that_of_the_last_segment(position):
+    torch.manual_seed(0)
+    model = machine(watch={"sharpness": 1}, position=position, max_states=4)
+    counts = [7, 5, 9, 0]  # last segments of 3 tokens, of 1, which says nothing, and of 1
+    x, batch = torch.randn(21, 2), torch.arange(4).repeat_interleave(torch.tensor(counts))
+    states = model.run(x, batch, batch_size=4).state.states.view(4, 4, 8)[0]
+    tokens = model.embedding(x[4:7])
+    if position == "learned":
+        tokens = tokens + model.position.table[:3]
+    attention = model.cell.attention
+    key = attention.lin_token(tokens).view(3, 2, 4)
+    if position == "rotary":
+        key = model.cell.rotary(key, torch.arange(3))
+    scores = torch.einsum("nhd,ihd->nhi", attention.lin_query(states).view(4, 2, 4), key) / 2
+    if position == "relative":
+        scores = scores + model.cell.relative.table[:3].T
+    weights = scores.softmax(-1)
+    entropy = -(weights * weights.log()).sum(-1) / torch.tensor(3.0).log()
+    torch.testing.assert_close(model.manager.signal_ema("sharpness"), (1 - entropy).mean(1))
+
+
+def test_sharpness_of_graphs_and_of_examples_that_say_nothing():
+    torch.manual_seed(0)
+    model = machine(watch={"sharpness": 1}, segment_length=None, num_steps=2)
+    model(torch.randn(9, 2), torch.tensor([0] * 4 + [1] * 5))
+    assert (model.manager.signal_ema("sharpness")[:4] > 0).all()
+    model = machine(watch={"sharpness": 1}, segment_length=1)
+    model(torch.randn(9, 2))
+    assert not model.manager.signal_ema("sharpness").any()
+    with pytest.raises(ValueError, match='mix="routing" has none'):
+        machine(watch={"sharpness": 1}, mix="routing")
+
+
 def test_edits_go_on_while_training_goes_on():
     torch.manual_seed(0)
     model, generator = machine(max_states=8), torch.Generator().manual_seed(0)

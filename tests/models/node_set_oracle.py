@@ -39,11 +39,11 @@ class Example:
 
     def match(self, address, m):
         known = unit(self.states[m][: self.a.address_channels])
-        return self.w["cell.allocator.log_sharpness"].exp() * (address @ known)
+        return self.w["cell.allocator.log_scale"].exp() * (address @ known)
 
     def found(self, addresses):
         """Asks the tokens of a segment one by one."""
-        tau, fresh = self.w["cell.allocator.log_sharpness"].exp(), []
+        tau, fresh = self.w["cell.allocator.log_scale"].exp(), []
         bank = self.w["manager.bank"]
         for address in addresses:
             known = [self.match(address, m) + self.presence(m).log() for m in self.states]

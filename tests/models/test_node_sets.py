@@ -21,7 +21,7 @@ def machine_of(seed=0, dtype=torch.float64, *, gate="straight_through", prune=Tr
     """A machine whose examples found states and lose some again."""
     torch.manual_seed(seed)
     allocator = StateAllocator(
-        CHANNELS, CHANNELS, address_channels=ADDRESS, gate=gate, prune=prune, sharpness=6.0
+        CHANNELS, CHANNELS, address_channels=ADDRESS, gate=gate, prune=prune, match_scale=6.0
     )
     options = {"state_channels": CHANNELS, "num_states": INITIAL, "max_states": SLOTS} | options
     options = {"mix": "routing", "position": None} | options
@@ -166,7 +166,7 @@ def test_equal_tokens_found_one_state_and_new_ones_another():
     allocator = machine.cell.allocator
     with torch.no_grad():
         first, second = allocator.address(machine.embedding(torch.stack([known, new])))
-        is_far = bool(allocator.log_sharpness.exp() * (first @ second) < allocator.novelty - 0.5)
+        is_far = bool(allocator.log_scale.exp() * (first @ second) < allocator.novelty - 0.5)
     assert founded == [(0, 1), (1, 2)][: 1 + is_far]
     assert torch.equal(result.state.states[1, :ADDRESS], first)  # bit for bit
 
@@ -351,7 +351,7 @@ def test_refuses_what_does_not_fit():
     for options, match in (
         ({"address_channels": 8}, r"1\.\.7, but is 8"),
         ({"gate": "hard"}, "gate must be one of"),
-        ({"sharpness": 0.0}, "sharpness must be positive"),
+        ({"match_scale": 0.0}, "match_scale must be positive"),
         ({"budget": 0.5}, "at least 1 state"),
         ({"token_channels": 0}, "token_channels"),
     ):
