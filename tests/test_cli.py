@@ -96,7 +96,7 @@ def test_help_names_the_commands(capsys):
         ([], "command: expected one of train, evaluate, history, bench, info; got nothing"),
         (["trian"], "got 'trian'"),
         (["train"], "train: expected a TASK first, or --config FILE; got neither"),
-        (["train", "chess"], "task: expected one of a5, copy, digits, induction, mnist,"),
+        (["train", "chess"], "task: expected one of a5, bindings, copy, digits, induction,"),
         (["train", "digits", "--config", "x.yaml"], "got both"),
         (["train", "digits", "--train.epoch", "1"], "unrecognized arguments: --train.epoch"),
         (["train", "digits", "--train.epochs", "x"], "train.epochs"),

@@ -73,22 +73,26 @@ class MachineState:
         return group_sum(self.presence, self.rows.batch, self.num_examples)
 
     def memory_cost(self, per_state: float, per_read: float = 1.0) -> Tensor:
-        r"""What a loss is charged for the node sets, on average over the examples.
+        r"""What a loss is charged for states that stay, on average over the examples.
 
         .. math::
-            \frac{1}{B} \sum_b \Big( c \sum_{j \in b} p_j
-            + \rho \, \overline{\textstyle\sum_j a_{ij} (1 - \textstyle\prod r_j)} \Big)
+            \frac{1}{B} \sum_b \Big( c \sum_{j \in b} \rho_j
+            + d \, \overline{\textstyle\sum_j a_{ij} (1 - \rho_j)} \Big),
+            \qquad \rho_j = \prod_{\text{segments}} r_j
 
-        The first part makes tokens found fewer states and states leave. The second is the share of
-        what tokens (those with a prediction) read that would be lost with states that leave;
-        weights :math:`a` are taken as they are, so its gradient speaks up for states that are read,
-        however sure of them a softmax is.
+        The first part makes states leave. The second is the share of what tokens (those with a
+        prediction) read that is lost with states that leave; weights :math:`a` are taken as they
+        are, so its gradient speaks up for states that are read, however sure of them a softmax is.
+        Founding is not charged for: novelty decides on it. To charge for it as well, add
+        ``cost * state.expected_states.mean()``.
 
         Args:
             per_state: c, in the unit of the loss; less than what one of them is worth.
-            per_read: :math:`\rho`, about what a wrong prediction costs, in the unit of the loss.
+            per_read: d, about what a wrong prediction costs, in the unit of the loss.
         """
-        cost = per_state * self.expected_states.mean()
+        if self.lasting is None:
+            return per_state * self.num_states.to(self.states).mean()
+        cost = per_state * self.lasting.sum() / self.num_examples
         return cost if self.lost_reads is None else cost + per_read * self.lost_reads.mean()
 
     def detach(self) -> MachineState:

@@ -41,7 +41,7 @@ class MemoryConfig:
         max_states: Never more; as many as there are slots if not given.
         protect: Steps in which a new state is neither pruned nor merged.
         cool_down: Steps after an edit in which there is no other.
-        state_cost: What the training loss is charged for every state of an example, on average,
+        state_cost: What the training loss is charged for every state that stays in an example,
             where examples have node sets of their own; grows from nothing between 30 and 80 % of
             the run: what a memory is good for is learned before it is saved.
     """

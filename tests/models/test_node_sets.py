@@ -87,13 +87,15 @@ def test_equals_the_equations_and_their_gradients(options, counts, seed):
 
     means = [sum(e.losses) / max(len(e.losses), 1) for e in examples]
     presences = [e.presence(m) for e in examples for m in e.states]
+    lasting = [e.lasts[m] for e in examples for m in e.states]
+    state = result.state
     assert_close_to_norm(result.state.presence, torch.stack(presences), 1e-10, "presence")
     direction = torch.randn(expected.shape, dtype=torch.float64)
     parameters = [p for p in machine.parameters() if p.requires_grad]
     results = []
     for out, cost in (
-        (result.out, len(counts) * result.state.memory_cost(0.1, 0.5)),
-        (expected, 0.1 * torch.stack(presences).sum() + 0.5 * sum(means)),
+        (result.out, 0.2 * state.expected_states.sum() + len(counts) * state.memory_cost(0.1, 0.5)),
+        (expected, 0.2 * sum(presences) + 0.1 * sum(lasting) + 0.5 * sum(means)),
     ):
         loss = (out * direction).sum() + cost
         results.append(torch.autograd.grad(loss, parameters, allow_unused=True))

@@ -155,6 +155,11 @@ def test_examples_are_valid(path):
         ({}, {"every": 2}, "memory.every: expected together with one of prune_below"),
         ({}, {"prune_below": 0.5}, "memory.every: expected together with"),
         ({}, {"every": 2, "prune_below": 0.5, "signal": "hope"}, "memory.signal: expected one of"),
+        ({}, {"state_cost": 0.1}, "memory.state_cost: .* set model.address_channels, too"),
+        ({"address_channels": 4}, {"state_cost": -1.0}, "memory.state_cost"),
+        ({"state_budget": 3.0}, {}, "model.state_budget: .* set model.address_channels, too"),
+        ({"address_channels": 4, "state_budget": 0.5}, {}, "model.state_budget"),
+        ({"address_channels": 4, "presence_gate": "soft"}, {}, "model.presence_gate: expected one"),
     ],
 )
 def test_memory_errors(model, memory, message):

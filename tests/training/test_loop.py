@@ -182,3 +182,25 @@ def test_training_edits_the_node_set_and_writes_it_down(make_splits, text_splits
         edits = log(tmp_path / name, "memory")
         assert {edit["kind"] for edit in edits} >= {"allocate"}, name
         assert all(edit["step"] % 2 == 0 and edit["num_active"] <= 6 for edit in edits)
+
+
+def test_examples_with_node_sets_of_their_own_are_counted_and_told_of(tmp_path, capsys):
+    from nsm_graph.cli import main
+
+    run = tmp_path / "run"
+    small = ["--data.max_length", "12", "--data.train_examples", "64", "--data.test_examples", "16"]
+    model = ["--model.state_channels", "16", "--model.token_channels", "16", "--model.heads", "2"]
+    model += ["--model.address_channels", "4"]
+    size = ["--train.epochs", "2", "--train.batch_size", "16", "--memory.state_cost", "0.5"]
+    arguments = [*small, *model, *size, "--train.threads", "1", "--compare", "gru"]
+    assert main(["train", "bindings", *arguments, "--out", str(run)]) == 0
+    validation = log(run, "validation")
+    assert all(0 <= line["states_within_one"] <= 1 <= line["num_states"] for line in validation)
+    events = log(run, "memory")
+    assert {event["scope"] for event in events} == {"example"}
+    assert {event["example"] for event in events} <= {0, 1}
+    capsys.readouterr()
+    assert main(["history", str(run), "--memory"]) == 0
+    assert "no state explains the token" in capsys.readouterr().out
+    assert main(["evaluate", str(run), "--length", "20"]) == 0
+    assert '"states_within_one"' in capsys.readouterr().out

@@ -132,3 +132,18 @@ def selective_copy(x: list[int], num_tokens: int) -> list[int]:
 
 def induction(x: list[int], special: int) -> list[int]:
     return [NONE] * (len(x) - 1) + [x[x.index(special) + 1]]
+
+
+def bindings(tokens: list[list[int]], num_keys: int, ask: int, release: int):
+    """What is bound in the end, and the label of every token; a key that is unbound is an error."""
+    bound: dict[int, int] = {}
+    labels = []
+    for key, value in tokens:
+        labels.append(bound[key] if value == ask else NONE)
+        if value == ask or key >= num_keys:
+            continue
+        if value == release:
+            del bound[key]
+        else:
+            bound[key] = value
+    return bound, labels

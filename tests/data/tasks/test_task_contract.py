@@ -34,9 +34,11 @@ def test_shapes_and_ranges(name, num_examples, extra, seed):
     task = small(name)
     length = task.valid_length(task.min_length + extra)
     x, y = task.sample(num_examples, length, generator(seed))
-    assert x.shape == y.shape == (num_examples, length)
+    columns = x if isinstance(task.num_symbols, tuple) else x.unsqueeze(-1)
+    sizes = torch.tensor(task.num_symbols).view(-1)
+    assert y.shape == (num_examples, length) and columns.shape == (*y.shape, sizes.numel())
     assert x.dtype == y.dtype == torch.int64
-    assert x.min() >= 0 and x.max() < task.num_symbols
+    assert columns.min() >= 0 and (columns < sizes).all()
     asked = y[y != IGNORED]
     assert asked.min() >= 0 and asked.max() < task.num_classes
     assert (y != IGNORED).any(dim=1).all()

@@ -15,6 +15,7 @@ def test_names():
         "copy",
         "selective_copy",
         "induction",
+        "bindings",
     ]
     for name in TASKS:
         task = make_task(name)
@@ -35,6 +36,7 @@ def test_sizes():
         "copy": (10, 10),
         "selective_copy": (16, 16),
         "induction": (16, 16),
+        "bindings": ((68, 18), 16),
     }
 
 
