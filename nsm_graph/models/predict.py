@@ -86,8 +86,8 @@ def log_presence(presence: Tensor, relation: Relation) -> Tensor | None:
 
 
 @torch.no_grad()
-def _read_shares(head: TokenHead, reading: Reading, asked: Tensor, rows: StateRows) -> Tensor:
-    """How much of what the asked tokens read comes from each state, ``[N]``."""
+def _reads(head: TokenHead, reading: Reading, asked: Tensor, rows: StateRows) -> Tensor:
+    """How often the asked tokens read each state, by their weights, ``[N]``."""
     sources = reading.relation.sources
     is_asked = torch.zeros(sources.num_rows, dtype=torch.bool, device=asked.device)
     is_asked[asked] = True
@@ -101,29 +101,23 @@ def _read_shares(head: TokenHead, reading: Reading, asked: Tensor, rows: StateRo
 
 
 def lost_reads(head: ExampleHead | TokenHead, reading: Reading, at: Tensor | None) -> Tensor | None:
-    r"""The share of reads that is lost with states that leave, ``[B]``; 0, but for its gradient.
+    r"""How many reads are lost with states that leave, ``[B]``; 0, but for its gradient.
 
-    :math:`\sum_j a_{ij} (1 - \prod r_j)`, averaged over the tokens of an example that are asked, or
-    over its states where a head pools them. See :meth:`MachineState.memory_cost`.
+    :math:`\sum_{ij} a_{ij} (1 - \prod r_j)` over the tokens of an example that are asked; a head that
+    pools states reads each of them once. See :meth:`MachineState.memory_cost`.
     """
     state = reading.state
     if reading.own is None or state.lasting is None or not state.lasting.requires_grad:
         return None
     if isinstance(head, ExampleHead):
-        lasting, example = state.lasting, state.rows.batch
-        share = 1 / state.num_states.clamp(min=1).to(lasting)[example]
-    else:
-        rows = reading.own[0 if head.causal else 1]
-        assert reading.token_order is not None
-        assert reading.groups is not None
-        place = torch.argsort(reading.token_order)
-        asked = place if at is None else place[at]
-        group = reading.relation.sources.batch
-        num_asked = torch.bincount(reading.groups[group[asked]], minlength=state.num_examples)
-        lasting, example = rows.lasting, reading.groups[rows.nodes.batch]
-        share = _read_shares(head, reading, asked, rows)
-        share = share / num_asked.clamp(min=1).to(lasting)[example]
-    return group_sum(share * (1 - lasting), example, state.num_examples)
+        return group_sum(1 - state.lasting, state.rows.batch, state.num_examples)
+    rows = reading.own[0 if head.causal else 1]
+    assert reading.token_order is not None
+    assert reading.groups is not None
+    place = torch.argsort(reading.token_order)
+    reads = _reads(head, reading, place if at is None else place[at], rows)
+    example = reading.groups[rows.nodes.batch]
+    return group_sum(reads * (1 - rows.lasting), example, state.num_examples)
 
 
 def _hide_gated(

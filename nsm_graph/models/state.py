@@ -72,28 +72,30 @@ class MachineState:
             return self.num_states.to(self.states)
         return group_sum(self.presence, self.rows.batch, self.num_examples)
 
-    def memory_cost(self, per_state: float, per_read: float = 1.0) -> Tensor:
+    def memory_cost(self, per_state: float, worth: float = 3.0) -> Tensor:
         r"""What a loss is charged for states that stay, on average over the examples.
 
         .. math::
-            \frac{1}{B} \sum_b \Big( c \sum_{j \in b} \rho_j
-            + d \, \overline{\textstyle\sum_j a_{ij} (1 - \rho_j)} \Big),
+            \frac{c}{B} \sum_b \Big( \sum_{j \in b} \rho_j
+            + v \sum_{j \in b} \sum_i a_{ij} (1 - \rho_j) \Big),
             \qquad \rho_j = \prod_{\text{segments}} r_j
 
-        The first part makes states leave. The second is the share of what tokens (those with a
-        prediction) read that is lost with states that leave; weights :math:`a` are taken as they
-        are, so its gradient speaks up for states that are read, however sure of them a softmax is.
-        Founding is not charged for: novelty decides on it. To charge for it as well, add
-        ``cost * state.expected_states.mean()``.
+        The first part makes states leave. The second counts the reads that are lost with them, by
+        tokens i that have a prediction; weights :math:`a` are taken as they are, so its gradient
+        speaks up for states that are read, however sure of them a softmax is. So a state is to
+        stay if it is read at least :math:`1 / v` times. Founding is not charged for: novelty decides
+        on it. To charge for it as well, add ``cost * state.expected_states.mean()``.
 
         Args:
-            per_state: c, in the unit of the loss; less than what one of them is worth.
-            per_read: d, about what a wrong prediction costs, in the unit of the loss.
+            per_state: c, in the unit of the loss.
+            worth: v, how many states a read is worth.
         """
         if self.lasting is None:
             return per_state * self.num_states.to(self.states).mean()
-        cost = per_state * self.lasting.sum() / self.num_examples
-        return cost if self.lost_reads is None else cost + per_read * self.lost_reads.mean()
+        cost = self.lasting.sum()
+        if self.lost_reads is not None:
+            cost = cost + worth * self.lost_reads.sum()
+        return per_state * cost / self.num_examples
 
     def detach(self) -> MachineState:
         """The same memory without its history: truncated backpropagation through time."""

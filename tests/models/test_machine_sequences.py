@@ -378,7 +378,9 @@ BAD_OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize(("options", "message"), BAD_OPTIONS, ids=[str(o) for o, _ in BAD_OPTIONS])
+@pytest.mark.parametrize(
+    ("options", "message"), BAD_OPTIONS, ids=["+".join(o) for o, _ in BAD_OPTIONS]
+)
 def test_refuses_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
         make_machine(**options)
