@@ -22,8 +22,8 @@ USAGE = """usage: nsm-graph COMMAND ...
 commands:
   train TASK | --config FILE [--seed N] [--out RUN] [--compare gru,lstm,transformer,deltanet]
                              [--section.key value ...]
-  evaluate RUN [--length L] [--segment-length S] [--examples N] [--snap N] [--json FILE]
-                             [--section.key value ...]
+  evaluate RUN [--length L] [--segment-length S] [--examples N] [--snap N] [--keep-states]
+                             [--json FILE] [--section.key value ...]
   history RUN --memory
   bench NAME [--json FILE] [--repetitions N]
   info
@@ -117,7 +117,7 @@ def evaluate(argv: list[str]) -> None:
     )
     parser.usage = (
         "nsm-graph evaluate RUN [--length L] [--segment-length S] [--examples N] [--snap N] "
-        "[--json FILE] [--section.key value ...]"
+        "[--keep-states] [--json FILE] [--section.key value ...]"
     )
     parser.add_argument(
         "--length",
@@ -131,6 +131,9 @@ def evaluate(argv: list[str]) -> None:
         ("--snap", "N", "Task: draw states to codes derived from N unlabelled sequences."),
     ):
         parser.add_argument(name, type=int | None, metavar=metavar, help=text)
+    parser.add_argument(
+        "--keep-states", action="store_true", help="No state leaves the node set of an example."
+    )
     parser.add_argument("--json", metavar="FILE", help="Also writes the metrics there.")
     if any(word in ("-h", "--help") for word in argv):
         parser.print_help()
@@ -154,7 +157,7 @@ def evaluate(argv: list[str]) -> None:
 
     check_same_run(trained, config)
 
-    options = {key: own[key] for key in ("segment_length", "examples", "snap")}
+    options = {key: own[key] for key in ("segment_length", "examples", "snap", "keep_states")}
     metrics = json.dumps(evaluate_run(config, run, _length(own["length"]), **options), indent=2)
     print(metrics)
     if own["json"] is not None:

@@ -103,8 +103,8 @@ def _reads(head: TokenHead, reading: Reading, asked: Tensor, rows: StateRows) ->
 def lost_reads(head: ExampleHead | TokenHead, reading: Reading, at: Tensor | None) -> Tensor | None:
     r"""How many reads are lost with states that leave, ``[B]``; 0, but for its gradient.
 
-    :math:`\sum_{ij} a_{ij} (1 - \prod r_j)` over the tokens of an example that are asked; a head that
-    pools states reads each of them once. See :meth:`MachineState.memory_cost`.
+    :math:`\sum_{ij} a_{ij} (1 - \prod r_j)` over the tokens of an example that are asked; a head
+    that pools states reads each of them once. See :meth:`MachineState.memory_cost`.
     """
     state = reading.state
     if reading.own is None or state.lasting is None or not state.lasting.requires_grad:

@@ -83,8 +83,8 @@ class MachineState:
         The first part makes states leave. The second counts the reads that are lost with them, by
         tokens i that have a prediction; weights :math:`a` are taken as they are, so its gradient
         speaks up for states that are read, however sure of them a softmax is. So a state is to
-        stay if it is read at least :math:`1 / v` times. Founding is not charged for: novelty decides
-        on it. To charge for it as well, add ``cost * state.expected_states.mean()``.
+        stay if it is read at least :math:`1 / v` times. Founding is not charged for: novelty
+        decides on it. To charge for it as well, add ``cost * state.expected_states.mean()``.
 
         Args:
             per_state: c, in the unit of the loss.

@@ -69,7 +69,8 @@ class StateAllocator(nn.Module):
         address_channels: Channels of an address; fewer than ``state_channels``.
             (default: :obj:`16`)
         gate: ``"straight_through"`` or ``"continuous"``. (default: :obj:`"straight_through"`)
-        prune: Whether states can leave again. (default: :obj:`True`)
+        prune: Whether states can leave again; ``allocator.prune = False`` keeps all of them from
+            then on. (default: :obj:`True`)
         match_scale: Where :math:`\tau` starts. (default: :obj:`12.0`)
         novelty: Where :math:`\theta` starts, as a share of :math:`\tau`: tokens that match no state
             better than that found one. (default: :obj:`0.5`)
@@ -152,7 +153,7 @@ class StateAllocator(nn.Module):
 
     def keep(self, states: Tensor) -> Tensor | None:
         r"""The gates of states that stay, of :math:`r_j`, ``[N]``; None where all do."""
-        if self.lin_keep is None:
+        if self.lin_keep is None or not self.prune:
             return None
         return self._pass(self.lin_keep(states).squeeze(-1).sigmoid())
 
@@ -224,7 +225,7 @@ class StateAllocator(nn.Module):
 
         The best ``min_states`` of every example always do.
         """
-        if self.lin_keep is None:
+        if self.lin_keep is None or not self.prune:
             logit = torch.full_like(states[:, 0], torch.inf)
             return Staying(logit > 0, logit)
         logit = self.lin_keep(states.detach()).detach().squeeze(-1)

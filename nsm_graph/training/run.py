@@ -92,6 +92,7 @@ def evaluate_run(
     segment_length: int | None = None,
     examples: int | None = None,
     snap: int | None = None,
+    keep_states: bool = False,
 ) -> dict[str, Any]:
     """Metrics of a run's checkpoint on the test split, or on fresh sequences of a task.
 
@@ -105,6 +106,7 @@ def evaluate_run(
         examples: Task: number of sequences.  (default: :obj:`None`)
         snap: Task: draw states to codes that are derived from so many unlabelled sequences of one
             segment.  (default: :obj:`None`)
+        keep_states: No state leaves the node set of an example.  (default: :obj:`False`)
     """
     shortest, longest = length if isinstance(length, tuple) else (length, length)
     if shortest is not None and longest is not None and longest < shortest:
@@ -138,6 +140,13 @@ def evaluate_run(
         )
     model = build_model(config, splits.info)
     load_checkpoint(run / "checkpoint", model)
+    if keep_states:
+        if config.model.address_channels is None:
+            raise ValueError(
+                "--keep-states: expected a machine whose examples have node sets of their own; the "
+                "run has no model.address_channels"
+            )
+        model.cell.allocator.prune = False
     about: dict[str, Any] = {"length": length, "model": config.model.kind, "data": splits.info.name}
     if isinstance(splits.test, TaskSequences):
         if snap is not None:
@@ -173,7 +182,7 @@ def _fit_snap(model: nn.Module, config: Config, split: TaskSequences, count: int
     assert isinstance(model, NeuralStateMachine)
     length = split.task.valid_length(max(config.model.segment_length or 1, split.task.min_length))
     x, _ = split.task.sample(count, length, torch.Generator().manual_seed(config.seed))
-    model.fit_snap(x.flatten(), torch.arange(count).repeat_interleave(length))
+    model.fit_snap(x.flatten(0, 1), torch.arange(count).repeat_interleave(length))
 
 
 def _flat(values: dict[str, Any]) -> dict[str, Any]:

@@ -203,4 +203,8 @@ def test_examples_with_node_sets_of_their_own_are_counted_and_told_of(tmp_path, 
     assert main(["history", str(run), "--memory"]) == 0
     assert "no state explains the token" in capsys.readouterr().out
     assert main(["evaluate", str(run), "--length", "20"]) == 0
-    assert '"states_within_one"' in capsys.readouterr().out
+    pruned = json.loads(capsys.readouterr().out)
+    assert main(["evaluate", str(run), "--length", "20", "--keep-states"]) == 0
+    kept = json.loads(capsys.readouterr().out)
+    assert pruned["num_states"] <= kept["num_states"]
+    assert 0 <= pruned["states_within_one"] <= 1
