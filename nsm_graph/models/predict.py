@@ -87,7 +87,7 @@ def log_presence(presence: Tensor, relation: Relation) -> Tensor | None:
 
 @torch.no_grad()
 def _reads(head: TokenHead, reading: Reading, asked: Tensor, rows: StateRows) -> Tensor:
-    """How often the asked tokens read each state, by their weights, ``[N]``."""
+    """How often the asked tokens read each state, by their squared weights, ``[N]``."""
     sources = reading.relation.sources
     is_asked = torch.zeros(sources.num_rows, dtype=torch.bool, device=asked.device)
     is_asked[asked] = True
@@ -97,13 +97,13 @@ def _reads(head: TokenHead, reading: Reading, asked: Tensor, rows: StateRows) ->
     _, (_, alpha) = head.readout(
         (rows.states, reading.tokens[is_asked]), relation, return_attention_weights=True
     )
-    return group_sum(alpha.mean(1), relation.edge_index[0], rows.nodes.num_rows)
+    return group_sum(alpha.square().mean(1), relation.edge_index[0], rows.nodes.num_rows)
 
 
 def lost_reads(head: ExampleHead | TokenHead, reading: Reading, at: Tensor | None) -> Tensor | None:
     r"""How many reads are lost with states that leave, ``[B]``; 0, but for its gradient.
 
-    :math:`\sum_{ij} a_{ij} (1 - \prod r_j)` over the tokens of an example that are asked; a head
+    :math:`\sum_{ij} a_{ij}^2 (1 - \prod r_j)` over the tokens of an example that are asked; a head
     that pools states reads each of them once. See :meth:`MachineState.memory_cost`.
     """
     state = reading.state

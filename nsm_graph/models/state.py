@@ -72,19 +72,20 @@ class MachineState:
             return self.num_states.to(self.states)
         return group_sum(self.presence, self.rows.batch, self.num_examples)
 
-    def memory_cost(self, per_state: float, worth: float = 3.0) -> Tensor:
+    def memory_cost(self, per_state: float, worth: float = 10.0) -> Tensor:
         r"""What a loss is charged for states that stay, on average over the examples.
 
         .. math::
             \frac{c}{B} \sum_b \Big( \sum_{j \in b} \rho_j
-            + v \sum_{j \in b} \sum_i a_{ij} (1 - \rho_j) \Big),
+            + v \sum_{j \in b} \sum_i a_{ij}^2 (1 - \rho_j) \Big),
             \qquad \rho_j = \prod_{\text{segments}} r_j
 
         The first part makes states leave. The second counts the reads that are lost with them, by
-        tokens i that have a prediction; weights :math:`a` are taken as they are, so its gradient
-        speaks up for states that are read, however sure of them a softmax is. So a state is to
-        stay if it is read at least :math:`1 / v` times. Founding is not charged for: novelty
-        decides on it. To charge for it as well, add ``cost * state.expected_states.mean()``.
+        tokens i that have a prediction. Weights :math:`a` are taken as they are, so its gradient
+        speaks up for states that are read, however sure of them a softmax is, and squared, so that
+        a little attention from everywhere is no read. So a state is to stay if it is read at least
+        :math:`1 / v` times. Founding is not charged for: novelty decides on it. To charge for it as
+        well, add ``cost * state.expected_states.mean()``.
 
         Args:
             per_state: c, in the unit of the loss.

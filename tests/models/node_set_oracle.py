@@ -136,7 +136,7 @@ class Example:
                 part = slice(h * width, (h + 1) * width)
                 score = key[:, part] @ row[part] / width**0.5
                 weight = score.softmax(0).detach()
-                lost = lost + (weight * (1 - p)).sum() / self.o.heads
+                lost = lost + (weight**2 * (1 - p)).sum() / self.o.heads
             self.losses.append(lost)
 
     def pooled(self):
