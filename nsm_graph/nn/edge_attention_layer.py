@@ -8,6 +8,7 @@ With a plain ``edge_index``, or while an explainer or a hook watches, PyG's ``pr
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch_geometric.nn import MessagePassing
 
@@ -25,9 +26,11 @@ class EdgeAttentionLayer(MessagePassing):
     Args:
         channels: Size of queries, keys and values together, over all heads.
         heads: Number of heads; divides ``channels``.
+        dropout: Share of the attention weights that training drops. Each weight is then looked at
+            by itself: the layer runs ``message`` on every kind of edges. (default: :obj:`0.0`)
     """
 
-    def __init__(self, channels: int, heads: int) -> None:
+    def __init__(self, channels: int, heads: int, *, dropout: float = 0.0) -> None:
         if heads < 1 or channels < 1 or channels % heads != 0:
             raise ValueError(
                 f"heads must divide the state channels, but {channels} channels and {heads} heads "
@@ -36,6 +39,7 @@ class EdgeAttentionLayer(MessagePassing):
         super().__init__(aggr="sum", node_dim=0)
         self.heads = heads
         self.head_channels = channels // heads
+        self.dropout = dropout
         self._alpha: Tensor | None = None
 
     def attend(
@@ -56,7 +60,7 @@ class EdgeAttentionLayer(MessagePassing):
         size = (key.size(0), query.size(0))
         if isinstance(edges, Relation):
             check_size(edges, size)
-            if not is_watched(self):
+            if not is_watched(self) and not (self.training and self.dropout > 0):
                 out = edge_attention(query, key, value, edges, bias=bias)
                 alpha = None
                 if return_attention_weights:
@@ -91,6 +95,7 @@ class EdgeAttentionLayer(MessagePassing):
             scores = scores + bias
         assert size_i is not None
         alpha = masked_group_softmax(scores, index, size_i)
+        alpha = F.dropout(alpha, self.dropout, self.training)
         self._alpha = alpha
         return value_j * alpha.unsqueeze(-1)
 

@@ -1,0 +1,279 @@
+"""Whom a change reaches: the shadow graph by source, and a few of its rows by target.
+
+A rule whose sources are a range of places (``complete``, ``causal``, ``window``, ``band``) answers
+by arithmetic; nothing is built for the pages that a change does not reach. Any other answers from
+its edges, which it lists once.
+
+Legend: P pages, R of them asked about.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from nsm_graph.mmsb.row_set import RowSet
+from nsm_graph.mmsb.shadow_graph import ShadowGraph, edges_of
+from nsm_graph.partition import Partition
+from nsm_graph.relation import Relation
+from nsm_graph.topology import NodeSet
+from nsm_graph.topology.base import Complete
+from nsm_graph.topology.rows import rows_from_ranges
+from nsm_graph.topology.spans import Span
+from nsm_graph.topology.stepwise import Scheduled
+
+#: A block of targets and sources is dense if at least this share of it holds edges.
+MIN_DENSE_FILL = 0.5
+
+
+class Incoming(NamedTuple):
+    """The edges that enter some pages."""
+
+    relation: Relation  #: from the sources in the range to the R pages
+    sources: slice
+
+
+class Neighbourhood(Protocol):
+    """What delta propagation asks a shadow graph."""
+
+    def reached_by(self, changed: RowSet) -> RowSet:
+        """Pages that an edge enters from a changed one, and the changed ones themselves."""
+        ...
+
+    def into(self, rows: RowSet) -> Incoming:
+        """All edges that enter these pages."""
+        ...
+
+
+def neighbourhood_of(shadow_graph: ShadowGraph, nodes: NodeSet) -> Neighbourhood:
+    """The cheapest way to ask a shadow graph about these pages."""
+    by_range = range_neighbourhood(shadow_graph, nodes.step, nodes.nodes)
+    if by_range is not None:
+        return by_range
+    relation = edges_of(shadow_graph, nodes)
+    if relation.is_complete and relation.bias is None and relation.sources is relation.targets:
+        assert relation.sources is not None
+        return RangeNeighbourhood(relation.sources, None, None)
+    return ListedNeighbourhood(relation)
+
+
+def range_neighbourhood(
+    shadow_graph: ShadowGraph, step: int, examples: Partition
+) -> RangeNeighbourhood | None:
+    """The answer by arithmetic, where the rule has one."""
+    while isinstance(shadow_graph, Scheduled):
+        shadow_graph = shadow_graph.at(step)
+    if isinstance(shadow_graph, Complete):
+        return RangeNeighbourhood(examples, None, None)
+    if isinstance(shadow_graph, Span):
+        return RangeNeighbourhood(examples, shadow_graph.before, shadow_graph.after)
+    return None
+
+
+@dataclass(frozen=True, eq=False)
+class RangeNeighbourhood:
+    """Sources from so many places before a page to so many after it; ``None`` for all."""
+
+    examples: Partition
+    before: int | None
+    after: int | None
+
+    @property
+    def _reach(self) -> tuple[int, int]:
+        most = self.examples.num_rows
+        before = most if self.before is None else self.before
+        return before, most if self.after is None else self.after
+
+    def reached_by(self, changed: RowSet) -> RowSet:
+        before, after = self._reach
+        num_pages = self.examples.num_rows
+        if changed.count == 0:
+            return changed
+        if self.examples.num_examples == 1 and changed.index is None:
+            start, stop = max(changed.start - after, 0), min(changed.stop + before, num_pages)
+            return RowSet(start, stop)
+        # A change at s reaches s - after ... s + before: one more from the first, one less from
+        # the one behind the last.
+        rows = changed.rows(self.examples.ptr.device)
+        low, high = self._bounds(rows)
+        steps = torch.zeros(num_pages + 1, dtype=torch.long, device=rows.device)
+        one = torch.ones_like(rows)
+        steps.index_add_(0, torch.maximum(rows - after, low), one)
+        steps.index_add_(0, torch.minimum(rows + before + 1, high), -one)
+        return RowSet.where(steps[:-1].cumsum(0) > 0)
+
+    def into(self, rows: RowSet) -> Incoming:
+        if self.examples.num_examples == 1 and rows.index is None:
+            return self._into_neighbours(rows)
+        return self._into_any(rows)
+
+    def ranges(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """First source of each page, and the one behind its last."""
+        before, after = self._reach
+        low, high = self._bounds(rows)
+        return torch.maximum(rows - before, low), torch.minimum(rows + after + 1, high)
+
+    def _bounds(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        ptr = self.examples.ptr
+        example = torch.searchsorted(ptr, rows, right=True) - 1
+        return ptr[example], ptr[example + 1]
+
+    def _into_neighbours(self, rows: RowSet) -> Incoming:
+        """Neighbouring pages of a single example: their sources are a range as well."""
+        before, after = self._reach
+        num_pages, device = self.examples.num_rows, self.examples.ptr.device
+        start, last = rows.start, rows.stop - 1
+        low, high = max(start - before, 0), min(last + after + 1, num_pages)
+        sources = Partition.uniform(1, high - low, device)
+        targets = Partition.uniform(1, rows.count, device)
+        if max(last - before, 0) == low and min(start + after + 1, num_pages) == high:
+            return Incoming(Relation.between(sources, targets), slice(low, high))
+        page = torch.arange(start, rows.stop, device=device)
+        first = (page - before).clamp(min=0) - low
+        end = (page + after + 1).clamp(max=num_pages) - low
+        return Incoming(_relation_of_ranges(first, end, sources, targets), slice(low, high))
+
+    def _into_any(self, rows: RowSet) -> Incoming:
+        page = rows.rows(self.examples.ptr.device)
+        ends = torch.searchsorted(page, self.examples.ptr)
+        targets = Partition.from_ptr(ends)
+        everything = slice(0, self.examples.num_rows)
+        if self.before is None and self.after is None:
+            return Incoming(Relation.between(self.examples, targets), everything)
+        first, end = self.ranges(page)
+        return Incoming(_relation_of_ranges(first, end, self.examples, targets), everything)
+
+
+def _relation_of_ranges(
+    first: Tensor, end: Tensor, sources: Partition, targets: Partition
+) -> Relation:
+    """Dense with the absent edges masked, where most of the block is there."""
+    block = Relation.between(sources, targets)
+    if int((end - first).sum()) < MIN_DENSE_FILL * block.num_edges:
+        size = (sources.num_rows, targets.num_rows)
+        return Relation.from_rows(*rows_from_ranges(first, end), size, sources, targets)
+    source, target = block.edge_index
+    is_absent = (source < first[target]) | (source >= end[target])
+    bias = torch.zeros(block.num_edges, device=first.device)
+    return block.with_bias(bias.masked_fill_(is_absent, -torch.inf))
+
+
+@dataclass(frozen=True, eq=False)
+class ListedNeighbourhood:
+    """Answers from the edges; those by source are sorted when first asked for."""
+
+    relation: Relation
+
+    def reached_by(self, changed: RowSet) -> RowSet:
+        if changed.count == 0:
+            return changed
+        num_pages, device = self.relation.num_dst, self.relation.device
+        is_reached = changed.mask(num_pages, device)
+        ptr, target, _ = self.relation.csc
+        edges, _ = _edges_of(ptr, changed.rows(device))
+        is_reached[target[edges].long()] = True
+        return RowSet.where(is_reached)
+
+    def into(self, rows: RowSet) -> Incoming:
+        num_src = self.relation.num_src
+        if rows.count == self.relation.num_dst:
+            return Incoming(self.relation, slice(0, num_src))
+        ptr, source, perm = self.relation.csr
+        edges, degree = _edges_of(ptr, rows.rows(self.relation.device))
+        relation = Relation.from_rows(source[edges], degree, (num_src, rows.count))
+        if self.relation.bias is not None:
+            relation = relation.with_bias(self.relation.bias[perm[edges]])
+        return Incoming(relation, slice(0, num_src))
+
+
+def _edges_of(ptr: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Places of the edges of some groups, and how many each has."""
+    first, end = ptr[rows].long(), ptr[rows + 1].long()
+    return rows_from_ranges(first, end).index, end - first
+
+
+# What an edit changes ##############################################################
+
+
+def is_same_rule(new: Neighbourhood, old: Neighbourhood) -> bool:
+    """Whether pages hear the same as before, but for new ones behind the last of one example.
+
+    What a page gains by those is reached from them.
+    """
+    if new is old:
+        return True
+    if not (isinstance(new, RangeNeighbourhood) and isinstance(old, RangeNeighbourhood)):
+        return False
+    is_one = new.examples.num_examples == old.examples.num_examples == 1
+    return is_one and (new.before, new.after) == (old.before, old.after)
+
+
+def differs(new: Neighbourhood, old: Neighbourhood, new_to_old: Tensor | None) -> RowSet:
+    """Pages that hear others than before; conservative where that takes less to find out.
+
+    Args:
+        new: The pages now.
+        old: The pages before.
+        new_to_old: ``[P]``, the old row of each page, -1 for a new one; ``None`` for the same rows.
+    """
+    if isinstance(new, RangeNeighbourhood) and isinstance(old, RangeNeighbourhood):
+        num_new, device = new.examples.num_rows, new.examples.ptr.device
+        if new_to_old is None:
+            new_to_old = torch.arange(num_new, device=device)
+        return RowSet.where(~_same_ranges(new, old, new_to_old))
+    if isinstance(new, ListedNeighbourhood) and isinstance(old, ListedNeighbourhood):
+        if new.relation is old.relation and new_to_old is None:
+            return RowSet(0, 0)
+        if new_to_old is None:
+            new_to_old = torch.arange(new.relation.num_dst, device=new.relation.device)
+        return RowSet.where(~_same_lists(new.relation, old.relation, new_to_old))
+    size = new.examples.num_rows if isinstance(new, RangeNeighbourhood) else _num_pages(new)
+    return RowSet(0, size)
+
+
+def _num_pages(neighbourhood: Neighbourhood) -> int:
+    assert isinstance(neighbourhood, ListedNeighbourhood)
+    return neighbourhood.relation.num_dst
+
+
+def _same_ranges(new: RangeNeighbourhood, old: RangeNeighbourhood, new_to_old: Tensor) -> Tensor:
+    """``[P]``, whether the old sources of a page are its sources now, in the same order."""
+    page = torch.arange(new_to_old.numel(), device=new_to_old.device)
+    first, end = new.ranges(page)
+    old_first, old_end = old.ranges(new_to_old.clamp(min=0))
+    # How many times up to here the old row of a page is not the one behind that of the page before.
+    is_break = torch.ones_like(new_to_old)
+    is_break[1:] = (new_to_old[1:] != new_to_old[:-1] + 1) | (new_to_old[1:] < 0)
+    num_breaks = is_break.cumsum(0)
+    last = (end - 1).clamp(min=0)
+    first_row = first.clamp(max=page.numel() - 1)
+    is_same = (end - first) == (old_end - old_first)
+    is_same &= (new_to_old[first_row] == old_first) & (num_breaks[last] == num_breaks[first_row])
+    return (is_same | ((end <= first) & (old_end <= old_first))) & (new_to_old >= 0)
+
+
+def _same_lists(new: Relation, old: Relation, new_to_old: Tensor) -> Tensor:
+    """``[P]``, whether the same edges enter a page, with the same bias, in the same order."""
+    num_pages = new.num_dst
+    old_row = new_to_old.clamp(min=0)
+    ptr, source, perm = new.csr
+    old_ptr, old_source, old_perm = old.csr
+    degree = ptr.diff().long()
+    is_same = (degree == old_ptr.diff().long()[old_row]) & (new_to_old >= 0)
+    if (new.bias is None) != (old.bias is None):
+        return torch.zeros_like(is_same)
+    # Edge by edge, for pages with as many as before.
+    rows = is_same.nonzero().flatten()
+    edges, degree = _edges_of(ptr, rows)
+    old_edges, _ = _edges_of(old_ptr, old_row[rows])
+    is_other = new_to_old[source[edges].long()] != old_source[old_edges].long()
+    if new.bias is not None and old.bias is not None:
+        pair = new.bias[perm[edges]], old.bias[old_perm[old_edges]]
+        is_other |= (pair[0] != pair[1]).any(1)
+    target = rows.repeat_interleave(degree, output_size=edges.numel())
+    num_other = torch.zeros(num_pages, dtype=torch.long, device=rows.device)
+    num_other.index_add_(0, target, is_other.long())
+    return is_same & (num_other == 0)

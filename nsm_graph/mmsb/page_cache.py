@@ -1,0 +1,123 @@
+"""What a stack keeps of a run, so that a later one need not compute it again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from nsm_graph.mmsb.neighbourhood import Neighbourhood
+from nsm_graph.mmsb.shadow_graph import ShadowGraph
+from nsm_graph.partition import Partition
+from nsm_graph.topology import Topology
+
+
+class PageBuffers:
+    """Rows of pages, keys and values with spare room behind them: one more row copies nothing.
+
+    All buffers have as many rows and lie in one tensor ``[buffers, capacity, C]``. When it is full
+    it doubles, so that a stream copies each row a constant number of times.
+    """
+
+    def __init__(self, num_passes: int, has_final: bool, pages: Tensor) -> None:
+        self.num_passes, self.count = num_passes, pages.size(0)
+        num_buffers = 3 * num_passes + 1 + int(has_final)
+        self._data = _empty(pages, num_buffers, max(self.count, 1))
+        self._look()
+
+    def _look(self) -> None:
+        """Views of the rows in use; indexing anew for every pass would cost as much as the pass."""
+        rows = self._data[:, : self.count].unbind(0)
+        passes = self.num_passes
+        self.snapshots = rows[: passes + 1]  #: P_0 ... P_L
+        self.keys = rows[passes + 1 : 2 * passes + 1]
+        self.values = rows[2 * passes + 1 : 3 * passes + 1]
+        self.final = rows[-1]  #: after the final norm; without one, P_L
+        if len(rows) == 3 * passes + 1:
+            self.final = self.snapshots[-1]
+
+    def extend(self, num_rows: int) -> None:
+        """Room for so many rows behind the last; what stands in them is undefined."""
+        count = self.count + num_rows
+        if count > self._data.size(1):
+            data = _empty(self._data, self._data.size(0), max(count, 2 * self._data.size(1)))
+            data[:, : self.count] = self._data[:, : self.count]
+            self._data = data
+        self.count = count
+        self._look()
+
+    def reorder(self, new_to_old: Tensor) -> None:
+        """Other rows in another order; those that come from nowhere (-1) are undefined."""
+        count = new_to_old.numel()
+        data = _empty(self._data, self._data.size(0), max(count, 1))
+        data[:, :count] = self._data.index_select(1, new_to_old.clamp(min=0))
+        self._data, self.count = data, count
+        self._look()
+
+    @property
+    def num_bytes(self) -> int:
+        """Spare room included."""
+        return self._data.numel() * self._data.element_size()
+
+
+def _empty(like: Tensor, num_buffers: int, capacity: int) -> Tensor:
+    # Buffers made inside inference_mode could not be written outside it.
+    with torch.inference_mode(False):
+        return torch.empty(
+            num_buffers, capacity, like.size(-1), dtype=like.dtype, device=like.device
+        )
+
+
+@dataclass(eq=False)
+class PropagationCache:
+    r"""The state of a stack: pages of every snapshot, keys and values of every pass.
+
+    Made by ``stack.run(pages, cache=True)``, read and written by ``stack.update`` and
+    ``stack.append``. It takes :math:`(3L + 1) C` numbers for each page (:math:`C` more with a final
+    norm), at most twice that with the spare room of a stream, and what tells the edges: nothing for
+    ``complete()``, ``causal()``, ``window()`` and ``band()``, else the relation.
+    """
+
+    buffers: PageBuffers
+    examples: Partition
+    shadow_graph: ShadowGraph
+    attributes: dict[str, Tensor] | None
+    neighbourhoods: list[Neighbourhood]
+    stamp: tuple
+    is_whole: bool = field(default=True)  #: False while, and after, an update was cut short
+
+    @property
+    def num_pages(self) -> int:
+        return self.buffers.count
+
+    @property
+    def pages(self) -> Tensor:
+        """The final state ``[P, C]``: a view that the next update overwrites."""
+        return self.buffers.final
+
+    @property
+    def snapshots(self) -> tuple[Tensor, ...]:
+        """P_0 ... P_L, ``[P, C]`` each: views that the next update overwrites."""
+        return tuple(self.buffers.snapshots)
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of pages, keys and values, spare room included."""
+        return self.buffers.num_bytes
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({self.num_pages} pages, {self.buffers.num_passes} passes, "
+            f"{self.num_bytes / 2**20:.1f} MiB)"
+        )
+
+
+def stamp_of(stack: nn.Module, shadow_graph: ShadowGraph) -> tuple:
+    """Changes with the weights: where they lie, and how often they were written in place."""
+    tensors = [*stack.parameters(), *stack.buffers()]
+    if isinstance(shadow_graph, Topology):
+        tensors += [*shadow_graph.parameters(), *shadow_graph.buffers()]
+    return tuple(
+        (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors
+    )
