@@ -21,7 +21,7 @@ from nsm_graph.mmsb.neighbourhood import (
     neighbourhood_of,
     range_neighbourhood,
 )
-from nsm_graph.mmsb.page_cache import PageBuffers, PropagationCache, stamp_of
+from nsm_graph.mmsb.page_cache import PageBuffers, PropagationCache, Stamp
 from nsm_graph.mmsb.row_set import RowSet
 from nsm_graph.mmsb.shadow_graph import (
     ShadowGraph,
@@ -68,7 +68,7 @@ class Keeper:
         check_still(stack)
         has_final = stack.final_norm is not None
         buffers = PageBuffers(stack.num_passes, has_final, pages.detach())
-        stamp = stamp_of(stack, shadow_graph)
+        stamp = Stamp(stack, shadow_graph)
         self.cache = PropagationCache(buffers, examples, shadow_graph, attributes, [], stamp)
         buffers.snapshots[0].copy_(pages.detach())
 
@@ -108,7 +108,7 @@ def cache_of(stack: Propagation, cache: PropagationCache | None) -> PropagationC
         raise ValueError("nothing was kept yet; call run(pages, cache=True) first")
     if not cache.is_whole:
         raise ValueError("the last update was cut short; call run(pages, cache=True) again")
-    if cache.stamp != stamp_of(stack, cache.shadow_graph):
+    if not cache.stamp.is_current():
         raise ValueError(
             "the weights are not those that the cache was made with; call run(pages, cache=True) "
             "again after every change of them"
@@ -247,7 +247,7 @@ def _apply(
 ) -> None:
     """Writes the changed rows ``[R, C]`` of P_0 and computes what depends on them."""
     graph = setting.shadow_graph
-    stamp = cache.stamp if graph is cache.shadow_graph else stamp_of(stack, graph)
+    stamp = cache.stamp if graph is cache.shadow_graph else Stamp(stack, graph)
     cache.is_whole = False
     with torch.no_grad():
         if new_to_old is not None:

@@ -84,7 +84,7 @@ class PropagationCache:
     shadow_graph: ShadowGraph
     attributes: dict[str, Tensor] | None
     neighbourhoods: list[Neighbourhood]
-    stamp: tuple
+    stamp: Stamp
     is_whole: bool = field(default=True)  #: False while, and after, an update was cut short
 
     @property
@@ -113,11 +113,42 @@ class PropagationCache:
         )
 
 
-def stamp_of(stack: nn.Module, shadow_graph: ShadowGraph) -> tuple:
-    """Changes with the weights: where they lie, and how often they were written in place."""
-    tensors = [*stack.parameters(), *stack.buffers()]
-    if isinstance(shadow_graph, Topology):
-        tensors += [*shadow_graph.parameters(), *shadow_graph.buffers()]
-    return tuple(
-        (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors
-    )
+class Stamp:
+    """Tells whether weights changed: where each lies, and how often it was written in place.
+
+    What holds them is looked up once. A stack walks through its modules for longer than a small
+    pass takes.
+    """
+
+    def __init__(self, stack: nn.Module, shadow_graph: ShadowGraph) -> None:
+        roots = [stack, shadow_graph] if isinstance(shadow_graph, Topology) else [stack]
+        self._modules = [
+            (names, name, module)
+            for root in roots
+            for owner in root.modules()
+            for names in (owner._modules,)
+            for name, module in names.items()
+        ]
+        self._tensors = [
+            (names, name)
+            for root in roots
+            for owner in root.modules()
+            for names in (owner._parameters, owner._buffers)
+            for name, tensor in names.items()
+            if tensor is not None
+        ]
+        self._seen = self._look()
+
+    def _look(self) -> list[tuple[int, int]]:
+        tensors = (names[name] for names, name in self._tensors)
+        return [
+            (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
+            for tensor in tensors
+        ]
+
+    def is_current(self) -> bool:
+        """Whether all is as it was."""
+        return (
+            all(names.get(name) is module for names, name, module in self._modules)
+            and self._look() == self._seen
+        )
