@@ -1,15 +1,10 @@
 """Delta propagation: an update equals a full recomputation, whatever changed."""
 
-import copy
-import pickle
-
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nsm_graph import Relation, topology
-from nsm_graph.memory import NodeEdit
+from nsm_graph import topology
 from nsm_graph.mmsb import Propagation
 from nsm_graph.testing import assert_close_to_norm
 
