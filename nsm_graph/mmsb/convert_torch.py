@@ -55,7 +55,9 @@ def read_encoder(
     with torch.no_grad():
         for refine, layer in zip(stack.passes, layers, strict=True):
             copy_layer(refine, layer)
-        if norm is not None and stack.final_norm is not None:
+        if norm is not None and isinstance(called_on, type):
+            stack.final_norm = deepcopy(norm)  # its eps and bias may be others than the passes'
+        elif norm is not None:
             copy_norm(stack.final_norm, norm)
     return stack
 
@@ -114,11 +116,19 @@ def _options_of(layer: nn.Module, number: int) -> dict[str, Any]:
             f"layer {number} must be a torch.nn.TransformerEncoderLayer, but is "
             f"{type(layer).__name__}, which may compute something else"
         )
-    attention = layer.self_attn
+    attention, has_bias = layer.self_attn, layer.linear1.bias is not None
+    norms = layer.norm1, layer.norm2
+    for norm in norms:
+        if type(norm) is not nn.LayerNorm or norm.weight is None:
+            raise ValueError(f"layer {number} has {norm}, but passes have a LayerNorm with weights")
     refused = {
         "bias_k": attention.bias_k is not None,
         "add_zero_attn": attention.add_zero_attn,
         "kdim or vdim": not attention._qkv_same_embed_dim,
+        "bias in some of its parts only": any(
+            (part.bias is not None) != has_bias
+            for part in (attention.out_proj, layer.linear2, *norms)
+        ),
         "norms with unlike eps": layer.norm1.eps != layer.norm2.eps,
         "dropouts with unlike p": layer.dropout1.p != layer.dropout2.p,
     }
@@ -134,7 +144,7 @@ def _options_of(layer: nn.Module, number: int) -> dict[str, Any]:
         "dropout": layer.dropout1.p,
         "attention_dropout": attention.dropout,
         "feedforward_dropout": layer.dropout.p,
-        "bias": layer.linear1.bias is not None,
+        "bias": has_bias,
         "eps": layer.norm1.eps,
     }
 
@@ -167,8 +177,17 @@ def _check_same_sizes(
             f"final_norm is {has_final} in the stack, but the encoder has "
             f"{'one' if norm is not None else 'none'}"
         )
+    if norm is not None and _kind_of_norm(norm) != _kind_of_norm(stack.final_norm):
+        raise ValueError(
+            f"the stack's final norm is {stack.final_norm}, but the encoder's is {norm}; let "
+            f"Propagation.from_torch(encoder) make the stack"
+        )
     for refine in stack.passes:
         _check_options(refine, options)
+
+
+def _kind_of_norm(norm: nn.Module) -> tuple:
+    return norm.normalized_shape, norm.eps, norm.weight is None, norm.bias is None
 
 
 def _check_options(refine: PropagationPass, options: dict[str, Any]) -> None:
