@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from nsm_graph.memory import NodeEdit
 from nsm_graph.mmsb import incremental
-from nsm_graph.mmsb.either import on_class_or_object
 from nsm_graph.mmsb.convert_torch import read_encoder
+from nsm_graph.mmsb.either import on_class_or_object
 from nsm_graph.mmsb.page_cache import PropagationCache
 from nsm_graph.mmsb.propagation_pass import PropagationPass
 from nsm_graph.mmsb.shadow_graph import (

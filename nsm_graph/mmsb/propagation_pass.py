@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch_geometric.nn.dense.linear import Linear
 
-from nsm_graph.mmsb.either import on_class_or_object
 from nsm_graph.mmsb.convert_torch import read_layer
+from nsm_graph.mmsb.either import on_class_or_object
 from nsm_graph.mmsb.router import DeltaRouter
 from nsm_graph.mmsb.shadow_graph import (
     ShadowGraph,
