@@ -47,6 +47,7 @@ def read_encoder(
             shadow_graph=shadow_graph,
             **options,
         ).to(weight.device, weight.dtype)
+        stack.train(encoder.training)
     else:
         stack = called_on
         _check_same_sizes(stack, len(layers), options, norm)
@@ -70,6 +71,7 @@ def read_layer(
     if isinstance(called_on, type):
         weight = layer.linear1.weight
         refine = called_on(**options).to(weight.device, weight.dtype)
+        refine.train(layer.training)
     else:
         refine = called_on
         _check_options(refine, options)
