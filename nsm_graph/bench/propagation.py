@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import count
@@ -133,7 +133,7 @@ def _causal(encoder: nn.TransformerEncoder, pages: Tensor, *, has_fast_path: boo
 
 
 @contextmanager
-def _fast_path(is_enabled: bool):  # type: ignore[no-untyped-def]
+def _fast_path(is_enabled: bool) -> Iterator[None]:
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(is_enabled)
     try:

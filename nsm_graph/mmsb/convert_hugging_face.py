@@ -227,10 +227,10 @@ def _embedding(
 
 def _linear(module: nn.Module, path: str) -> tuple[Tensor, Tensor]:
     """Matrix ``[out, in]`` and bias; their ``Conv1D`` keeps the matrix the other way round."""
-    if type(module) is nn.Linear and module.bias is not None:
-        return module.weight, module.bias
-    if type(module).__name__ == "Conv1D":
-        return module.weight.T, module.bias
+    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+    is_linear, is_transposed = type(module) is nn.Linear, type(module).__name__ == "Conv1D"
+    if (is_linear or is_transposed) and isinstance(weight, Tensor) and isinstance(bias, Tensor):
+        return weight if is_linear else weight.T, bias
     raise ValueError(
         f"{path} must be a linear layer with a bias, but is {module}; was it exchanged?"
     )

@@ -80,7 +80,7 @@ def read_layer(
     return refine
 
 
-def _layers_of(encoder: nn.Module) -> tuple[list[nn.Module], nn.Module | None]:
+def _layers_of(encoder: nn.Module) -> tuple[list[nn.Module], nn.LayerNorm | None]:
     if isinstance(encoder, nn.TransformerEncoderLayer):
         return [encoder], None
     if not isinstance(encoder, nn.TransformerEncoder):
