@@ -5,6 +5,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -30,6 +31,16 @@ def test_the_page_on_topologies_runs(capsys) -> None:
     nodes = names["topology"].NodeSet.from_counts([6])
     assert names["both"](nodes).bias.shape == (names["both"](nodes).num_edges, 2)
     assert names["elders"](nodes).num_edges == 12
+
+
+def test_the_page_on_propagation_runs(capsys) -> None:
+    torch.manual_seed(0)
+    names: dict = {"__name__": "docs"}
+    for code in blocks("python", (ROOT / "docs" / "propagation.md").read_text()):
+        exec(compile(code, "propagation.md", "exec"), names)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 5
+    assert all(line.endswith("True") for line in lines), lines
 
 
 def test_readme_starts_with_the_two_commands() -> None:
