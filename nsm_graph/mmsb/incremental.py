@@ -33,6 +33,7 @@ from nsm_graph.partition import Partition
 
 if TYPE_CHECKING:
     from nsm_graph.mmsb.propagation import Propagation
+    from nsm_graph.mmsb.propagation_pass import PropagationPass
 
 
 class Change(NamedTuple):
@@ -59,12 +60,16 @@ class Keeper:
     ) -> None:
         check_still(stack)
         has_final = stack.final_norm is not None
-        buffers = PageBuffers(stack.num_passes, has_final, pages.detach())
+        # Attention over ranges of pages is attention over blocks.
+        is_by_head = range_neighbourhood(shadow_graph, 0, examples) is not None
+        buffers = PageBuffers(stack.num_passes, stack.heads, has_final, is_by_head, pages.detach())
         stamp = Stamp(stack, shadow_graph)
         self.cache = PropagationCache(buffers, examples, shadow_graph, attributes, [], stamp)
         buffers.snapshots[0].copy_(pages.detach())
 
-    def add(self, step: int, key: Tensor, value: Tensor, pages: Tensor) -> None:
+    def add(
+        self, step: int, refine: PropagationPass, key: Tensor, value: Tensor, pages: Tensor
+    ) -> None:
         """What a pass made."""
         cache, buffers = self.cache, self.cache.buffers
         if step == 0 or not is_fixed(cache.shadow_graph):
@@ -73,8 +78,8 @@ class Keeper:
             cache.neighbourhoods.append(neighbourhood_of(cache.shadow_graph, nodes))
         else:
             cache.neighbourhoods.append(cache.neighbourhoods[0])
-        buffers.keys[step].copy_(key.detach())
-        buffers.values[step].copy_(value.detach())
+        buffers.keys[step].copy_(refine.router.split_heads(key.detach()))
+        buffers.values[step].copy_(refine.router.split_heads(value.detach()))
         buffers.snapshots[step + 1].copy_(pages.detach())
 
     def finish(self, final: Tensor) -> PropagationCache:

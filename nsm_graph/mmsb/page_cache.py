@@ -16,57 +16,76 @@ from nsm_graph.topology import Topology
 class PageBuffers:
     """Rows of pages, keys and values with spare room behind them: one more row copies nothing.
 
-    All buffers have as many rows and lie in one tensor ``[buffers, capacity, C]``. When it is full
-    it doubles, so that a stream copies each row a constant number of times.
+    All have as many rows. When the room is full it doubles, so that a stream copies each row a
+    constant number of times.
+
+    Args:
+        num_passes: Number of passes, L.
+        heads: Number of heads.
+        has_final: Whether there are pages after a final norm as well.
+        is_by_head: Whether keys and values lie head by head. Attention over a block of pages then
+            reads one stretch of memory for each head, which is several times faster for a single
+            query; edge by edge it would copy all of them first.
+        pages: What the rows are like, and how many there are.
     """
 
-    def __init__(self, num_passes: int, has_final: bool, pages: Tensor) -> None:
-        self.num_passes, self.count = num_passes, pages.size(0)
-        num_buffers = 3 * num_passes + 1 + int(has_final)
-        self._data = _empty(pages, num_buffers, max(self.count, 1))
+    def __init__(
+        self, num_passes: int, heads: int, has_final: bool, is_by_head: bool, pages: Tensor
+    ) -> None:
+        self.num_passes, self.count, self.is_by_head = num_passes, pages.size(0), is_by_head
+        self._widths = (pages.size(1), heads, pages.size(1) // heads)
+        self._pages, self._sources = self._make(pages, num_passes + 1 + has_final, self.count)
         self._look()
+
+    def _make(self, like: Tensor, num_pages: int, capacity: int) -> tuple[Tensor, Tensor]:
+        """Pages ``[buffers, capacity, C]``, keys and values ``[2 L, capacity, H, D]``."""
+        channels, heads, width = self._widths
+        pages = _empty(like, num_pages, capacity, channels)
+        if self.is_by_head:
+            sources = _empty(like, 2 * self.num_passes, heads, capacity, width)
+            return pages, sources.transpose(1, 2)
+        return pages, _empty(like, 2 * self.num_passes, capacity, heads, width)
 
     def _look(self) -> None:
         """Views of the rows in use; indexing anew for every pass would cost as much as the pass."""
-        rows = self._data[:, : self.count].unbind(0)
-        passes = self.num_passes
-        self.snapshots = rows[: passes + 1]  #: P_0 ... P_L
-        self.keys = rows[passes + 1 : 2 * passes + 1]
-        self.values = rows[2 * passes + 1 : 3 * passes + 1]
-        self.final = rows[-1]  #: after the final norm; without one, P_L
-        if len(rows) == 3 * passes + 1:
-            self.final = self.snapshots[-1]
+        pages = self._pages[:, : self.count].unbind(0)
+        sources = self._sources[:, : self.count].unbind(0)
+        self.snapshots = pages[: self.num_passes + 1]  #: P_0 ... P_L, ``[P, C]``
+        self.final = pages[-1]  #: after the final norm; without one, P_L
+        self.keys = sources[: self.num_passes]  #: ``[P, H, D]``
+        self.values = sources[self.num_passes :]
 
     def extend(self, num_rows: int) -> None:
         """Room for so many rows behind the last; what stands in them is undefined."""
-        count = self.count + num_rows
-        if count > self._data.size(1):
-            data = _empty(self._data, self._data.size(0), max(count, 2 * self._data.size(1)))
-            data[:, : self.count] = self._data[:, : self.count]
-            self._data = data
+        count, capacity = self.count + num_rows, self._pages.size(1)
+        if count > capacity:
+            pages, sources = self._make(self._pages, self._pages.size(0), max(count, 2 * capacity))
+            pages[:, : self.count] = self._pages[:, : self.count]
+            sources[:, : self.count] = self._sources[:, : self.count]
+            self._pages, self._sources = pages, sources
         self.count = count
         self._look()
 
     def reorder(self, new_to_old: Tensor) -> None:
         """Other rows in another order; those that come from nowhere (-1) are undefined."""
-        count = new_to_old.numel()
-        data = _empty(self._data, self._data.size(0), max(count, 1))
-        data[:, :count] = self._data.index_select(1, new_to_old.clamp(min=0))
-        self._data, self.count = data, count
+        count, rows = new_to_old.numel(), new_to_old.clamp(min=0)
+        pages, sources = self._make(self._pages, self._pages.size(0), count)
+        pages.copy_(self._pages.index_select(1, rows))
+        sources.copy_(self._sources.index_select(1, rows))
+        self._pages, self._sources, self.count = pages, sources, count
         self._look()
 
     @property
     def num_bytes(self) -> int:
         """Spare room included."""
-        return self._data.numel() * self._data.element_size()
+        num_numbers = self._pages.numel() + self._sources.numel()
+        return num_numbers * self._pages.element_size()
 
 
-def _empty(like: Tensor, num_buffers: int, capacity: int) -> Tensor:
+def _empty(like: Tensor, *sizes: int) -> Tensor:
     # Buffers made inside inference_mode could not be written outside it.
     with torch.inference_mode(False):
-        return torch.empty(
-            num_buffers, capacity, like.size(-1), dtype=like.dtype, device=like.device
-        )
+        return torch.empty(*sizes, dtype=like.dtype, device=like.device)
 
 
 @dataclass(eq=False)

@@ -195,7 +195,7 @@ class Propagation(nn.Module):
             pages = refine.write(pages, attended)
             snapshots.append(pages)
             if keep is not None:
-                keep.add(step, key, value, pages)
+                keep.add(step, refine, key, value, pages)
         if self.final_norm is not None:
             pages = self.final_norm(pages)
         if keep is not None:

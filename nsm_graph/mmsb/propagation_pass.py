@@ -8,11 +8,11 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch_geometric.nn.dense.linear import Linear
 
 from nsm_graph.mmsb.convert_torch import read_layer
 from nsm_graph.mmsb.either import on_class_or_object
 from nsm_graph.mmsb.router import DeltaRouter
+from nsm_graph.mmsb.row_linear import RowLinear
 from nsm_graph.mmsb.shadow_graph import (
     ShadowGraph,
     check_shadow_graph,
@@ -115,8 +115,8 @@ class PropagationPass(nn.Module):
         self.has_bias = bias
         self.router = DeltaRouter(channels, heads, bias=bias, dropout=attention_dropout)
         self.norm_route = nn.LayerNorm(channels, eps, bias=bias)
-        self.lin_in = Linear(channels, inner, bias=bias)
-        self.lin_out = Linear(inner, channels, bias=bias)
+        self.lin_in = RowLinear(channels, inner, bias=bias)
+        self.lin_out = RowLinear(inner, channels, bias=bias)
         self.norm_update = nn.LayerNorm(channels, eps, bias=bias)
         self.reset_parameters()
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from torch import Tensor
-from torch.nn.functional import linear
-from torch_geometric.nn.dense.linear import Linear
 
+from nsm_graph.mmsb.row_linear import RowLinear, row_linear
 from nsm_graph.nn.checks import check_features
 from nsm_graph.nn.edge_attention_layer import EdgeAttentionLayer, with_weights
 from nsm_graph.relation import Relation
@@ -52,8 +51,8 @@ class DeltaRouter(EdgeAttentionLayer):
     ) -> None:
         super().__init__(channels, heads, dropout=dropout)
         self.in_channels = self.out_channels = self.channels = channels
-        self.lin_qkv = Linear(channels, 3 * channels, bias=bias)
-        self.lin_out = Linear(channels, channels, bias=bias)
+        self.lin_qkv = RowLinear(channels, 3 * channels, bias=bias)
+        self.lin_out = RowLinear(channels, channels, bias=bias)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -70,13 +69,13 @@ class DeltaRouter(EdgeAttentionLayer):
         """Only the queries of pages."""
         bias = self.lin_qkv.bias
         bias = None if bias is None else bias[: self.channels]
-        return linear(pages, self.lin_qkv.weight[: self.channels], bias)
+        return row_linear(pages, self.lin_qkv.weight[: self.channels], bias)
 
     def project_sources(self, pages: Tensor) -> tuple[Tensor, Tensor]:
         """Only the keys and values of pages."""
         bias = self.lin_qkv.bias
         bias = None if bias is None else bias[self.channels :]
-        key, value = linear(pages, self.lin_qkv.weight[self.channels :], bias).chunk(2, dim=-1)
+        key, value = row_linear(pages, self.lin_qkv.weight[self.channels :], bias).chunk(2, dim=-1)
         return key, value
 
     def forward(

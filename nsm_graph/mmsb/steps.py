@@ -103,8 +103,8 @@ class Steps:
         else:
             query = refine.project_queries(pages)
             new_key, new_value = refine.project_sources(rows.take(before))
-        rows.put(key, new_key)
-        rows.put(value, new_value)
+        rows.put(key, refine.router.split_heads(new_key))
+        rows.put(value, refine.router.split_heads(new_value))
         relation, sources = self._edges_into(step, neighbourhood, reached)
         attended, _ = refine.router.attend(query, key[sources], value[sources], relation)
         reached.put(self.buffers.snapshots[step + 1], refine.write(pages, attended))

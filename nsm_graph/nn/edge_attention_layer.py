@@ -53,10 +53,10 @@ class EdgeAttentionLayer(MessagePassing):
     ) -> tuple[Tensor, Tensor | None]:
         """Attention of ``[N, C]`` queries to ``[M, C]`` keys; the output is ``[N, C]``.
 
-        The second result holds the weights ``[E, H]`` where they were asked for.
+        Rows may also come split, ``[N, H, D]``. The second result holds the weights ``[E, H]``
+        where they were asked for.
         """
-        heads = (self.heads, self.head_channels)
-        query, key, value = (rows.unflatten(-1, heads) for rows in (query, key, value))
+        query, key, value = (self.split_heads(rows) for rows in (query, key, value))
         size = (key.size(0), query.size(0))
         if isinstance(edges, Relation):
             check_size(edges, size)
@@ -80,6 +80,12 @@ class EdgeAttentionLayer(MessagePassing):
             ) from error
         alpha, self._alpha = self._alpha, None
         return out.flatten(1), alpha if return_attention_weights else None
+
+    def split_heads(self, rows: Tensor) -> Tensor:
+        """``[N, C]`` -> ``[N, H, D]``; what is split already stays."""
+        if rows.dim() == 3:
+            return rows
+        return rows.unflatten(-1, (self.heads, self.head_channels))
 
     def message(
         self,

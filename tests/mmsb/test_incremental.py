@@ -91,6 +91,22 @@ def test_chains_of_updates_equal_recomputation(data, rule, dtype):
         assert_current(stack, result, *joined(examples))
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("rule", RULES)
+def test_each_rule_after_each_kind_of_change(rule, dtype):
+    stack, pages = make(RULES[rule], dtype), torch.randn(30, 8, dtype=dtype)
+    stack.run(pages, cache=True)
+    for rows in ([21], [3, 4], [11, 25], [29]):
+        pages[rows] = torch.randn(len(rows), 8, dtype=dtype)
+        assert_current(stack, stack.update(pages, rows), pages)
+    rows = torch.tensor([*range(12), -1, *range(14, 30), -1])
+    pages = torch.where((rows < 0).unsqueeze(1), torch.randn(1, 8, dtype=dtype), pages[rows])
+    assert_current(stack, stack.update(pages, [], edit=rows), pages)
+    pages = torch.cat([pages, torch.randn(2, 8, dtype=dtype)])
+    stack.append(pages[-2:])
+    assert_current(stack, stack.cache.pages, pages)
+
+
 def joined(examples):
     counts = torch.tensor([len(x) for x in examples])
     return torch.cat(examples), torch.arange(len(examples)).repeat_interleave(counts)
@@ -264,7 +280,7 @@ def test_an_edge_more_or_less_recomputes_its_target():
     assert counter.take() == [1, 1, 1]
     assert_current(stack, result, pages, shadow_graph=more)
     bias = torch.zeros(41, dtype=torch.double)
-    bias[3] = 1.0
+    bias[40] = 1.0  # of the edge from 7 to 9, which hears itself as well
     biased = Relation.from_edge_index(more, (40, 40)).with_bias(bias)
     plain = Relation.from_edge_index(more, (40, 40)).with_bias(0 * bias)
     stack.update(pages, [], shadow_graph=plain)
