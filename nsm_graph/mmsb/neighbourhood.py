@@ -27,13 +27,17 @@ from nsm_graph.topology.stepwise import Scheduled
 
 #: A block of targets and sources is dense if at least this share of it holds edges.
 MIN_DENSE_FILL = 0.5
+#: A block with a mask holds at most so many pairs; more targets make several blocks. A mask of all
+#: targets would take memory that grows with the square of the pages.
+MAX_MASKED_PAIRS = 2**20
 
 
 class Incoming(NamedTuple):
     """The edges that enter some pages."""
 
-    relation: Relation  #: from the sources in the range to the R pages
+    relation: Relation  #: from the sources in the one range to the targets in the other
     sources: slice
+    targets: slice  #: of the R pages that were asked about
 
 
 class Neighbourhood(Protocol):
@@ -43,8 +47,8 @@ class Neighbourhood(Protocol):
         """Pages that an edge enters from a changed one, and the changed ones themselves."""
         ...
 
-    def into(self, rows: RowSet) -> Incoming:
-        """All edges that enter these pages."""
+    def into(self, rows: RowSet) -> list[Incoming]:
+        """All edges that enter these pages, in one part or several with targets of their own."""
         ...
 
 
@@ -105,10 +109,10 @@ class RangeNeighbourhood:
         steps.index_add_(0, torch.minimum(rows + before + 1, high), -one)
         return RowSet.where(steps[:-1].cumsum(0) > 0)
 
-    def into(self, rows: RowSet) -> Incoming:
+    def into(self, rows: RowSet) -> list[Incoming]:
         if self.examples.num_examples == 1 and rows.index is None:
-            return self._into_neighbours(rows)
-        return self._into_any(rows)
+            return self._into_neighbours(rows, 0)
+        return [self._into_any(rows)]
 
     def ranges(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """First source of each page, and the one behind its last."""
@@ -121,7 +125,7 @@ class RangeNeighbourhood:
         example = torch.searchsorted(ptr, rows, right=True) - 1
         return ptr[example], ptr[example + 1]
 
-    def _into_neighbours(self, rows: RowSet) -> Incoming:
+    def _into_neighbours(self, rows: RowSet, first_target: int) -> list[Incoming]:
         """Neighbouring pages of a single example: their sources are a range as well."""
         before, after = self._reach
         num_pages, device = self.examples.num_rows, self.examples.ptr.device
@@ -129,36 +133,54 @@ class RangeNeighbourhood:
         low, high = max(start - before, 0), min(last + after + 1, num_pages)
         sources = Partition.uniform(1, high - low, device)
         targets = Partition.uniform(1, rows.count, device)
+        where = slice(low, high), slice(first_target, first_target + rows.count)
         if max(last - before, 0) == low and min(start + after + 1, num_pages) == high:
-            return Incoming(Relation.between(sources, targets), slice(low, high))
+            return [Incoming(Relation.between(sources, targets), *where)]
         page = torch.arange(start, rows.stop, device=device)
         first = (page - before).clamp(min=0) - low
         end = (page + after + 1).clamp(max=num_pages) - low
-        return Incoming(_relation_of_ranges(first, end, sources, targets), slice(low, high))
+        num_pairs = rows.count * (high - low)
+        if int((end - first).sum()) < MIN_DENSE_FILL * num_pairs:
+            size = (high - low, rows.count)
+            listed = Relation.from_rows(*rows_from_ranges(first, end), size, sources, targets)
+            return [Incoming(listed, *where)]
+        if num_pairs > MAX_MASKED_PAIRS and rows.count > 1:
+            num_rows = max(MAX_MASKED_PAIRS // (high - low), 1)
+            return [
+                part
+                for at in range(start, rows.stop, num_rows)
+                for part in self._into_neighbours(
+                    RowSet(at, min(at + num_rows, rows.stop)), first_target + at - start
+                )
+            ]
+        return [Incoming(_masked_block(first, end, sources, targets), *where)]
 
     def _into_any(self, rows: RowSet) -> Incoming:
         page = rows.rows(self.examples.ptr.device)
         ends = torch.searchsorted(page, self.examples.ptr)
         targets = Partition.from_ptr(ends)
-        everything = slice(0, self.examples.num_rows)
+        where = slice(0, self.examples.num_rows), slice(0, rows.count)
+        block = Relation.between(self.examples, targets)
         if self.before is None and self.after is None:
-            return Incoming(Relation.between(self.examples, targets), everything)
+            return Incoming(block, *where)
         first, end = self.ranges(page)
-        return Incoming(_relation_of_ranges(first, end, self.examples, targets), everything)
+        if int((end - first).sum()) < MIN_DENSE_FILL * block.num_edges:
+            listed = rows_from_ranges(first, end)
+            return Incoming(Relation.from_rows(*listed, block.size, self.examples, targets), *where)
+        return Incoming(_masked_block(first, end, self.examples, targets), *where)
 
 
-def _relation_of_ranges(
-    first: Tensor, end: Tensor, sources: Partition, targets: Partition
-) -> Relation:
-    """Dense with the absent edges masked, where most of the block is there."""
+def _masked_block(first: Tensor, end: Tensor, sources: Partition, targets: Partition) -> Relation:
+    """Every pair of an example, and those outside of the ranges masked."""
     block = Relation.between(sources, targets)
-    if int((end - first).sum()) < MIN_DENSE_FILL * block.num_edges:
-        size = (sources.num_rows, targets.num_rows)
-        return Relation.from_rows(*rows_from_ranges(first, end), size, sources, targets)
-    source, target = block.edge_index
-    is_absent = (source < first[target]) | (source >= end[target])
+    if sources.num_examples == 1:
+        source = torch.arange(sources.num_rows, device=first.device)
+        is_absent = (source < first.unsqueeze(1)) | (source >= end.unsqueeze(1))
+    else:
+        source, target = block.edge_index
+        is_absent = (source < first[target]) | (source >= end[target])
     bias = torch.zeros(block.num_edges, device=first.device)
-    return block.with_bias(bias.masked_fill_(is_absent, -torch.inf))
+    return block.with_bias(bias.masked_fill_(is_absent.flatten(), -torch.inf))
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,16 +199,17 @@ class ListedNeighbourhood:
         is_reached[target[edges].long()] = True
         return RowSet.where(is_reached)
 
-    def into(self, rows: RowSet) -> Incoming:
+    def into(self, rows: RowSet) -> list[Incoming]:
         num_src = self.relation.num_src
+        where = slice(0, num_src), slice(0, rows.count)
         if rows.count == self.relation.num_dst:
-            return Incoming(self.relation, slice(0, num_src))
+            return [Incoming(self.relation, *where)]
         ptr, source, perm = self.relation.csr
         edges, degree = listed_edges(ptr, rows.rows(self.relation.device))
         relation = Relation.from_rows(source[edges], degree, (num_src, rows.count))
         if self.relation.bias is not None:
             relation = relation.with_bias(self.relation.bias[perm[edges]])
-        return Incoming(relation, slice(0, num_src))
+        return [Incoming(relation, *where)]
 
 
 def listed_edges(ptr: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:

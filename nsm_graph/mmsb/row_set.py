@@ -34,6 +34,12 @@ class RowSet:
         """The rows of which a mask says so."""
         return cls.of(is_member.nonzero().flatten())
 
+    def is_same_range(self, other: RowSet) -> bool:
+        """Whether both are the same range; lists are not compared."""
+        if self.index is not None or other.index is not None:
+            return False
+        return (self.start, self.stop) == (other.start, other.stop)
+
     @property
     def count(self) -> int:
         return self.stop - self.start if self.index is None else self.index.numel()

@@ -53,7 +53,7 @@ class Steps:
         self.buffers = cache.buffers
         self.num_appended, self.new_to_old = num_appended, new_to_old
         # The last edges that were asked for: in a stream every pass asks for the same.
-        self._incoming: tuple[Neighbourhood, RowSet, Incoming] | None = None
+        self._incoming: tuple[Neighbourhood, RowSet, list[Incoming]] | None = None
 
     def run(self, rows: RowSet) -> list[Neighbourhood]:
         """From rows of P_0 that differ; returns who hears whom in every pass."""
@@ -105,28 +105,22 @@ class Steps:
             new_key, new_value = refine.project_sources(rows.take(before))
         rows.put(key, refine.router.split_heads(new_key))
         rows.put(value, refine.router.split_heads(new_value))
-        relation, sources = self._edges_into(step, neighbourhood, reached)
-        attended, _ = refine.router.attend(query, key[sources], value[sources], relation)
+        parts = [
+            refine.router.attend(query[targets], key[sources], value[sources], relation)[0]
+            for relation, sources, targets in self._edges_into(step, neighbourhood, reached)
+        ]
+        attended = parts[0] if len(parts) == 1 else torch.cat(parts)
         reached.put(self.buffers.snapshots[step + 1], refine.write(pages, attended))
 
-    def _edges_into(self, step: int, neighbourhood: Neighbourhood, rows: RowSet) -> Incoming:
+    def _edges_into(self, step: int, neighbourhood: Neighbourhood, rows: RowSet) -> list[Incoming]:
         if self._incoming is not None:
             asked, known, incoming = self._incoming
-            is_known = known.index is None and rows.index is None
-            if (
-                asked is neighbourhood
-                and is_known
-                and (known.start, known.stop)
-                == (
-                    rows.start,
-                    rows.stop,
-                )
-            ):
+            if asked is neighbourhood and known.is_same_range(rows):
                 return incoming
         if rows.count == self.buffers.count and rows.count > 1:
             nodes = self.setting.ask(self.buffers.snapshots[step], step)
-            whole = edges_of(self.setting.shadow_graph, nodes)
-            incoming = Incoming(whole, slice(0, rows.count))
+            whole = slice(0, rows.count)
+            incoming = [Incoming(edges_of(self.setting.shadow_graph, nodes), whole, whole)]
         else:
             incoming = neighbourhood.into(rows)
         self._incoming = neighbourhood, rows, incoming

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from nsm_graph import Relation, topology
 from nsm_graph.memory import NodeEdit
-from nsm_graph.mmsb import Propagation
+from nsm_graph.mmsb import Propagation, neighbourhood
 from nsm_graph.testing import assert_close_to_norm
 
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
@@ -205,6 +205,19 @@ def test_appending_asks_no_rule_for_the_edges_of_all_pages(monkeypatch):
     for row in range(30, 40):
         last = stack.append(pages[row : row + 1])
     assert_close_to_norm(last, expected[-1:], 1e-6)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_many_rows_with_a_mask_are_attended_in_parts(dtype, monkeypatch):
+    monkeypatch.setattr(neighbourhood, "MAX_MASKED_PAIRS", 100)
+    for rule in (topology.causal(), topology.window(30), topology.band(25)):
+        stack, pages = make(rule, dtype), torch.randn(40, 8, dtype=dtype)
+        stack.run(pages, cache=True)
+        pages[15] = 0.0
+        assert_current(stack, stack.update(pages, [15]), pages)
+        pages = torch.cat([pages, pages[:9]])
+        stack.append(pages[40:])
+        assert_current(stack, stack.cache.pages, pages)
 
 
 def test_room_doubles_and_old_rows_stay_bit_for_bit():
