@@ -27,6 +27,11 @@ from nsm_graph.topology.stepwise import Scheduled
 
 #: A block of targets and sources is dense if at least this share of it holds edges.
 MIN_DENSE_FILL = 0.5
+#: A pass that reaches at least this share of the pages is computed as a whole (measured with 128
+#: channels: parts of a window or a ring take as long at 0.8).
+WHOLE_SHARE = 0.8
+#: The same where the parts have a mask, and the whole has an operation that leaves half out.
+WHOLE_SHARE_CAUSAL = 0.5
 #: A block with a mask holds at most so many pairs; more targets make several blocks. A mask of all
 #: targets would take memory that grows with the square of the pages.
 MAX_MASKED_PAIRS = 2**20
@@ -42,6 +47,11 @@ class Incoming(NamedTuple):
 
 class Neighbourhood(Protocol):
     """What delta propagation asks a shadow graph."""
+
+    @property
+    def whole_share(self) -> float:
+        """From which share of the pages on it is cheaper to compute all."""
+        ...
 
     def reached_by(self, changed: RowSet) -> RowSet:
         """Pages that an edge enters from a changed one, and the changed ones themselves."""
@@ -84,6 +94,11 @@ class RangeNeighbourhood:
     examples: Partition
     before: int | None
     after: int | None
+
+    @property
+    def whole_share(self) -> float:
+        is_causal = self.before is None and self.after == 0
+        return WHOLE_SHARE_CAUSAL if is_causal else WHOLE_SHARE
 
     @property
     def _reach(self) -> tuple[int, int]:
@@ -188,6 +203,10 @@ class ListedNeighbourhood:
     """Answers from the edges; those by source are sorted when first asked for."""
 
     relation: Relation
+
+    @property
+    def whole_share(self) -> float:
+        return WHOLE_SHARE
 
     def reached_by(self, changed: RowSet) -> RowSet:
         if changed.count == 0:

@@ -22,9 +22,6 @@ if TYPE_CHECKING:
     from nsm_graph.mmsb.propagation import Propagation
     from nsm_graph.mmsb.propagation_pass import PropagationPass
 
-#: A pass in which at least this share of the pages is reached is computed as a whole.
-WHOLE_SHARE = 0.8
-
 
 class Setting(NamedTuple):
     """What the pages stand in after an update."""
@@ -83,7 +80,7 @@ class Steps:
                 new_to_old = torch.arange(num_pages, device=device)
                 new_to_old[num_pages - self.num_appended :] = -1
             reached = reached.union(differs(new, old, new_to_old), num_pages, device)
-        if reached.count >= WHOLE_SHARE * num_pages:
+        if reached.count >= new.whole_share * num_pages:
             reached = RowSet(0, num_pages)
         return new, reached
 
