@@ -27,7 +27,7 @@ from nsm_graph.topology.stepwise import Scheduled
 
 #: A block of targets and sources is dense if at least this share of it holds edges.
 MIN_DENSE_FILL = 0.5
-#: A pass that reaches at least this share of the pages is computed as a whole (measured with 128
+#: A pass that reaches more than this share of the pages is computed as a whole (measured with 128
 #: channels: parts of a window or a ring take as long at 0.8).
 WHOLE_SHARE = 0.8
 #: The same where the parts have a mask, and the whole has an operation that leaves half out.

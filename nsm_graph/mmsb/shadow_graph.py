@@ -56,23 +56,25 @@ def edges_of(shadow_graph: ShadowGraph, nodes: NodeSet) -> Relation:
     size = (nodes.num_nodes, nodes.num_nodes)
     if isinstance(shadow_graph, Topology):
         relation = shadow_graph(nodes)
-        name = repr(shadow_graph)
     elif isinstance(shadow_graph, Relation):
-        relation, name = shadow_graph, repr(shadow_graph)
+        relation = shadow_graph
     else:
         try:
             relation = Relation.from_edge_index(shadow_graph, size)
         except ValueError as error:
             raise ValueError(f"shadow_graph: {error}") from error
-        name = f"the edge_index with {relation.num_edges} edges"
     if relation.size != size:
         raise ValueError(
-            f"shadow_graph: {name} goes from {relation.num_src} to {relation.num_dst} nodes, but "
-            f"there are {size[0]} pages; make it for the same batch"
+            f"shadow_graph: {_name(shadow_graph)} goes from {relation.num_src} to "
+            f"{relation.num_dst} nodes, but there are {size[0]} pages; make it for the same batch"
         )
     if relation.num_edges == 0:
         raise ValueError(
-            f"shadow_graph: {name} has no edge among the {size[0]} pages; nothing would be "
-            f"routed. Add edges, for example with topology.self_loops()"
+            f"shadow_graph: {_name(shadow_graph)} has no edge among the {size[0]} pages; nothing "
+            f"would be routed. Add edges, for example with topology.self_loops()"
         )
     return relation
+
+
+def _name(shadow_graph: ShadowGraph) -> str:
+    return "the edge_index" if isinstance(shadow_graph, Tensor) else repr(shadow_graph)

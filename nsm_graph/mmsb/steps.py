@@ -80,7 +80,7 @@ class Steps:
                 new_to_old = torch.arange(num_pages, device=device)
                 new_to_old[num_pages - self.num_appended :] = -1
             reached = reached.union(differs(new, old, new_to_old), num_pages, device)
-        if reached.count >= new.whole_share * num_pages:
+        if reached.count > new.whole_share * num_pages:
             reached = RowSet(0, num_pages)
         return new, reached
 
