@@ -24,12 +24,12 @@ from nsm_graph.mmsb.shadow_graph import (
     ShadowGraph,
     check_shadow_graph,
     is_fixed,
-    node_set,
     partition_of,
 )
 from nsm_graph.mmsb.steps import Setting, Steps
 from nsm_graph.nn.checks import check_features
 from nsm_graph.partition import Partition
+from nsm_graph.relation import Relation
 
 if TYPE_CHECKING:
     from nsm_graph.mmsb.propagation import Propagation
@@ -50,34 +50,39 @@ class Change(NamedTuple):
 class Keeper:
     """Fills a cache while a stack runs."""
 
-    def __init__(
-        self,
-        stack: Propagation,
-        pages: Tensor,
-        examples: Partition,
-        shadow_graph: ShadowGraph,
-        attributes: dict[str, Tensor] | None,
-    ) -> None:
+    def __init__(self, stack: Propagation, pages: Tensor, setting: Setting) -> None:
         check_still(stack)
-        has_final = stack.final_norm is not None
-        # Attention over ranges of pages is attention over blocks.
-        is_by_head = range_neighbourhood(shadow_graph, 0, examples) is not None
-        buffers = PageBuffers(stack.num_passes, stack.heads, has_final, is_by_head, pages.detach())
-        stamp = Stamp(stack, shadow_graph)
-        self.cache = PropagationCache(buffers, examples, shadow_graph, attributes, [], stamp)
+        examples, graph, attributes = setting
+        by_range = range_neighbourhood(graph, 0, examples)
+        buffers = PageBuffers(
+            stack.num_passes,
+            stack.heads,
+            has_final=stack.final_norm is not None,
+            is_by_head=by_range is not None and by_range.is_long,
+            pages=pages.detach(),
+        )
+        stamp = Stamp(stack, graph)
+        self.setting = setting
+        self.cache = PropagationCache(buffers, examples, graph, attributes, [], stamp)
         buffers.snapshots[0].copy_(pages.detach())
 
     def add(
-        self, step: int, refine: PropagationPass, key: Tensor, value: Tensor, pages: Tensor
+        self,
+        step: int,
+        refine: PropagationPass,
+        relation: Relation,
+        key: Tensor,
+        value: Tensor,
+        pages: Tensor,
     ) -> None:
-        """What a pass made."""
-        cache, buffers = self.cache, self.cache.buffers
-        if step == 0 or not is_fixed(cache.shadow_graph):
-            before = buffers.snapshots[step]
-            nodes = node_set(cache.examples, before, step, cache.attributes)
-            cache.neighbourhoods.append(neighbourhood_of(cache.shadow_graph, nodes))
+        """What a pass read and made."""
+        buffers, neighbourhoods = self.cache.buffers, self.cache.neighbourhoods
+        if step > 0 and is_fixed(self.setting.shadow_graph):
+            neighbourhoods.append(neighbourhoods[0])
         else:
-            cache.neighbourhoods.append(cache.neighbourhoods[0])
+            nodes = self.setting.ask(buffers.snapshots[step], step)
+            graph = self.setting.shadow_graph
+            neighbourhoods.append(neighbourhood_of(graph, nodes, relation))
         buffers.keys[step].copy_(refine.router.split_heads(key.detach()))
         buffers.values[step].copy_(refine.router.split_heads(value.detach()))
         buffers.snapshots[step + 1].copy_(pages.detach())
@@ -103,6 +108,8 @@ def cache_of(stack: Propagation, cache: PropagationCache | None) -> PropagationC
     check_still(stack)
     if cache is None:
         raise ValueError("nothing was kept yet; call run(pages, cache=True) first")
+    if not cache.stamp.is_of(stack):
+        raise ValueError("the cache was made by another stack; call run(pages, cache=True) of this")
     if not cache.is_whole:
         raise ValueError("the last update was cut short; call run(pages, cache=True) again")
     if not cache.stamp.is_current():

@@ -62,12 +62,14 @@ class Neighbourhood(Protocol):
         ...
 
 
-def neighbourhood_of(shadow_graph: ShadowGraph, nodes: NodeSet) -> Neighbourhood:
-    """The cheapest way to ask a shadow graph about these pages."""
+def neighbourhood_of(
+    shadow_graph: ShadowGraph, nodes: NodeSet, relation: Relation | None = None
+) -> Neighbourhood:
+    """The cheapest way to ask a shadow graph about these pages; it may have given its relation."""
     by_range = range_neighbourhood(shadow_graph, nodes.step, nodes.nodes)
     if by_range is not None:
         return by_range
-    relation = edges_of(shadow_graph, nodes)
+    relation = edges_of(shadow_graph, nodes) if relation is None else relation
     if relation.is_complete and relation.bias is None and relation.sources is relation.targets:
         assert relation.sources is not None
         return RangeNeighbourhood(relation.sources, None, None)
@@ -99,6 +101,11 @@ class RangeNeighbourhood:
     def whole_share(self) -> float:
         is_causal = self.before is None and self.after == 0
         return WHOLE_SHARE_CAUSAL if is_causal else WHOLE_SHARE
+
+    @property
+    def is_long(self) -> bool:
+        """Whether a page hears all on one side: its edges are blocks rather than lists."""
+        return self.before is None or self.after is None
 
     @property
     def _reach(self) -> tuple[int, int]:
@@ -174,15 +181,18 @@ class RangeNeighbourhood:
         page = rows.rows(self.examples.ptr.device)
         ends = torch.searchsorted(page, self.examples.ptr)
         targets = Partition.from_ptr(ends)
-        where = slice(0, self.examples.num_rows), slice(0, rows.count)
+        every_source, every_target = slice(0, self.examples.num_rows), slice(0, rows.count)
         block = Relation.between(self.examples, targets)
         if self.before is None and self.after is None:
-            return Incoming(block, *where)
+            return Incoming(block, every_source, every_target)
         first, end = self.ranges(page)
         if int((end - first).sum()) < MIN_DENSE_FILL * block.num_edges:
-            listed = rows_from_ranges(first, end)
-            return Incoming(Relation.from_rows(*listed, block.size, self.examples, targets), *where)
-        return Incoming(_masked_block(first, end, self.examples, targets), *where)
+            low, high = int(first.min()), int(end.max())
+            listed = rows_from_ranges(first - low, end - low)
+            relation = Relation.from_rows(*listed, (high - low, rows.count))
+            return Incoming(relation, slice(low, high), every_target)
+        masked = _masked_block(first, end, self.examples, targets)
+        return Incoming(masked, every_source, every_target)
 
 
 def _masked_block(first: Tensor, end: Tensor, sources: Partition, targets: Partition) -> Relation:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass, field, replace
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +77,13 @@ class PageBuffers:
         self._pages, self._sources, self.count = pages, sources, count
         self._look()
 
+    def clone(self) -> PageBuffers:
+        """The same rows in memory of their own."""
+        other = copy(self)
+        other._pages, other._sources = self._pages.clone(), self._sources.clone()
+        other._look()
+        return other
+
     @property
     def num_bytes(self) -> int:
         """Spare room included."""
@@ -120,6 +129,10 @@ class PropagationCache:
         """P_0 ... P_L, ``[P, C]`` each: views that the next update overwrites."""
         return tuple(self.buffers.snapshots)
 
+    def clone(self) -> PropagationCache:
+        """A cache of its own that goes on from here: a stream that branches."""
+        return replace(self, buffers=self.buffers.clone(), neighbourhoods=list(self.neighbourhoods))
+
     @property
     def num_bytes(self) -> int:
         """Memory of pages, keys and values, spare room included."""
@@ -140,6 +153,7 @@ class Stamp:
     """
 
     def __init__(self, stack: nn.Module, shadow_graph: ShadowGraph) -> None:
+        self._stack = ref(stack)
         roots = [stack, shadow_graph] if isinstance(shadow_graph, Topology) else [stack]
         self._modules = [
             (names, name, module)
@@ -157,6 +171,10 @@ class Stamp:
             if tensor is not None
         ]
         self._seen = self._look()
+
+    def is_of(self, stack: nn.Module) -> bool:
+        """Whether it was made of this stack."""
+        return self._stack() is stack
 
     def _look(self) -> list[tuple[int, int]]:
         tensors = (names[name] for names, name in self._tensors)

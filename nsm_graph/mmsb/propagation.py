@@ -18,9 +18,9 @@ from nsm_graph.mmsb.shadow_graph import (
     check_shadow_graph,
     edges_of,
     is_fixed,
-    node_set,
     partition_of,
 )
+from nsm_graph.mmsb.steps import Setting
 from nsm_graph.nn.checks import check_features
 from nsm_graph.partition import Partition
 from nsm_graph.topology import complete
@@ -185,17 +185,18 @@ class Propagation(nn.Module):
         graph = self.shadow_graph if shadow_graph is None else shadow_graph
         check_shadow_graph(graph)
         examples = partition_of(batch, pages)
-        keep = incremental.Keeper(self, pages, examples, graph, attributes) if cache else None
+        setting = Setting(examples, graph, attributes)
+        keep = incremental.Keeper(self, pages, setting) if cache else None
         snapshots, relation = [pages], None
         for step, refine in enumerate(self.passes):
             if relation is None or not is_fixed(graph):
-                relation = edges_of(graph, node_set(examples, pages, step, attributes))
+                relation = edges_of(graph, setting.ask(pages, step))
             query, key, value = refine.project(pages)
             attended, _ = refine.router.attend(query, key, value, relation)
             pages = refine.write(pages, attended)
             snapshots.append(pages)
             if keep is not None:
-                keep.add(step, refine, key, value, pages)
+                keep.add(step, refine, relation, key, value, pages)
         if self.final_norm is not None:
             pages = self.final_norm(pages)
         if keep is not None:

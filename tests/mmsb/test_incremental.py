@@ -328,6 +328,16 @@ def test_a_cache_may_be_kept_aside():
     assert repr(kept).startswith("PropagationCache(6 pages, 3 passes")
 
 
+def test_a_stream_may_branch():
+    stack, pages = make(topology.causal(), torch.float64), torch.randn(7, 8).double()
+    kept = stack.run(pages[:5], cache=True).cache
+    branch = kept.clone()
+    one, other = stack.append(pages[5:6]), stack.append(pages[6:7], cache=branch)
+    assert_close_to_norm(one, stack(pages[:6])[5:], 1e-12)
+    assert_close_to_norm(other, stack(pages[[0, 1, 2, 3, 4, 6]])[5:], 1e-12)
+    assert kept.num_pages == branch.num_pages == 6
+
+
 def test_results_are_the_callers_own():
     stack, pages = make(topology.causal(), torch.float32), torch.randn(9, 8)
     stack.run(pages[:7], cache=True)
@@ -498,6 +508,27 @@ def test_a_graph_of_given_edges_needs_another_one_to_grow():
         stack.append(X[:1])
     grown = Relation.from_edge_index(torch.stack([torch.arange(7), torch.arange(7)]), (7, 7))
     assert_current(stack, stack.update(more, [], shadow_graph=grown), more, shadow_graph=grown)
+
+
+def test_a_cache_of_another_stack_is_refused():
+    one, other = (make(topology.causal(), torch.float32) for _ in range(2))
+    kept = one.run(X, cache=True).cache
+    with pytest.raises(ValueError, match="the cache was made by another stack"):
+        other.update(X, [0], cache=kept)
+
+
+def test_a_rule_is_asked_once_a_pass_also_where_a_cache_is_made():
+    asked = []
+
+    @topology.rule(is_dynamic=True)
+    def watched(nodes):
+        asked.append(nodes.step)
+        return topology.knn(2)(nodes)
+
+    stack = make(watched, torch.float32)
+    stack.run(X, cache=True)
+    stack.update(X, [])
+    assert asked == [0, 1, 2, 0, 1, 2]
 
 
 def test_copies_of_a_cache_do_not_share():
