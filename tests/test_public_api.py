@@ -50,6 +50,10 @@ def test_argument_order_is_fixed() -> None:
         nsm.mmsb.Propagation.run: ["pages", "batch"],
         nsm.mmsb.Propagation.update: ["pages", "changed"],
         nsm.mmsb.Propagation.append: ["pages"],
+        nsm.mmsb.Propagation.from_torch: ["encoder"],
+        nsm.mmsb.PropagationPass.from_torch: ["layer"],
+        nsm.mmsb.from_hugging_face: ["model"],
+        nsm.mmsb.from_mask: ["mask"],
     }
     for function, names in expected.items():
         assert arguments(function) == names, function

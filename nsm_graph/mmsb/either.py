@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
-from functools import wraps
+from functools import update_wrapper
 from typing import Any
 
 
@@ -12,13 +13,17 @@ class on_class_or_object:
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
-        self.__doc__ = function.__doc__
+        update_wrapper(self, function)
+        signature = inspect.signature(function)
+        _, *others = signature.parameters.values()
+        self._signature = signature.replace(parameters=others)
 
     def __get__(self, instance: object | None, owner: type) -> Callable[..., Any]:
         called_on = owner if instance is None else instance
 
-        @wraps(self.function)
         def call(*arguments: Any, **options: Any) -> Any:
             return self.function(called_on, *arguments, **options)
 
+        update_wrapper(call, self.function)
+        call.__signature__ = self._signature  # type: ignore[attr-defined]
         return call

@@ -114,8 +114,8 @@ def cache_of(stack: Propagation, cache: PropagationCache | None) -> PropagationC
         raise ValueError("the last update was cut short; call run(pages, cache=True) again")
     if not cache.stamp.is_current():
         raise ValueError(
-            "the weights are not those that the cache was made with; call run(pages, cache=True) "
-            "again after every change of them"
+            "the stack's weights or shadow graph are not those that the cache was made with; call "
+            "run(pages, cache=True) again after every change of them"
         )
     return cache
 

@@ -82,9 +82,10 @@ def range_neighbourhood(
     """The answer by arithmetic, where the rule has one."""
     while isinstance(shadow_graph, Scheduled):
         shadow_graph = shadow_graph.at(step)
-    if isinstance(shadow_graph, Complete):
+    # A subclass may mean something else.
+    if type(shadow_graph) is Complete:
         return RangeNeighbourhood(examples, None, None)
-    if isinstance(shadow_graph, Span):
+    if type(shadow_graph) is Span:
         return RangeNeighbourhood(examples, shadow_graph.before, shadow_graph.after)
     return None
 

@@ -306,6 +306,7 @@ class Propagation(nn.Module):
         ``Propagation.from_torch(encoder)`` makes a stack for the encoder;
         ``Propagation(...).from_torch(encoder)`` fills a stack of the same sizes, which keeps its
         shadow graph. A padding mask is a ragged batch here; an attention mask is the shadow graph.
+        A stack that is made is in training or evaluation mode as the encoder is.
 
         Args:
             encoder: A ``TransformerEncoder`` or ``TransformerEncoderLayer``.
