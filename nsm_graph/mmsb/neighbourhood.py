@@ -82,10 +82,9 @@ def range_neighbourhood(
     """The answer by arithmetic, where the rule has one."""
     while isinstance(shadow_graph, Scheduled):
         shadow_graph = shadow_graph.at(step)
-    # A subclass may mean something else.
-    if type(shadow_graph) is Complete:
+    if isinstance(shadow_graph, Complete):
         return RangeNeighbourhood(examples, None, None)
-    if type(shadow_graph) is Span:
+    if isinstance(shadow_graph, Span):
         return RangeNeighbourhood(examples, shadow_graph.before, shadow_graph.after)
     return None
 
