@@ -1,6 +1,7 @@
 """nsm_graph: a memory of state nodes for sequences and graphs, as PyTorch Geometric layers."""
 
 from nsm_graph import memory as memory
+from nsm_graph import mmsb as mmsb
 from nsm_graph import nn as nn
 from nsm_graph import ops as ops
 from nsm_graph import topology as topology

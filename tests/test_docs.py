@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -44,6 +45,16 @@ def test_the_page_on_attention_in_sql_runs(capsys) -> None:
     for code in blocks("python", text):
         exec(compile(code, "attention_in_sql.md", "exec"), {"__name__": "docs"})
     assert capsys.readouterr().out == "tensor(True)\n"
+
+
+def test_the_page_on_propagation_runs(capsys) -> None:
+    torch.manual_seed(0)
+    names: dict = {"__name__": "docs"}
+    for code in blocks("python", (ROOT / "docs" / "propagation.md").read_text()):
+        exec(compile(code, "propagation.md", "exec"), names)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 5
+    assert all(line.endswith("True") for line in lines), lines
 
 
 def test_readme_starts_with_the_two_commands() -> None:

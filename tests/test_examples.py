@@ -14,6 +14,7 @@ SAYS = {
     "03_custom_topology.py": "two camps (ours)",
     "04_stream.py": "pieces = whole: True",
     "05_edit_the_memory.py": "active states: 6 -> 4 -> 7",
+    "06_transformer_as_pages.py": "updated = computed again: True",
 }
 
 

@@ -7,7 +7,7 @@ import sys
 import nsm_graph as nsm
 
 HEAVY = ["sklearn", "matplotlib", "lightning_fabric", "jsonargparse", "tensorboard", "numba"]
-HEAVY += ["duckdb"]
+HEAVY += ["transformers", "duckdb"]
 
 
 def arguments(function: object) -> list[str]:
@@ -43,6 +43,18 @@ def test_argument_order_is_fixed() -> None:
         nsm.topology.learned: ["num_states", "k"],
         nsm.topology.sql: ["query"],
         nsm.topology.from_edge_index: ["edge_index", "num_nodes"],
+        nsm.mmsb.DeltaRouter: ["channels", "heads"],
+        nsm.mmsb.PropagationPass: ["channels", "heads"],
+        nsm.mmsb.PropagationPass.forward: ["pages", "shadow_graph", "batch"],
+        nsm.mmsb.Propagation: ["channels", "num_passes", "heads"],
+        nsm.mmsb.Propagation.forward: ["pages", "batch"],
+        nsm.mmsb.Propagation.run: ["pages", "batch"],
+        nsm.mmsb.Propagation.update: ["pages", "changed"],
+        nsm.mmsb.Propagation.append: ["pages"],
+        nsm.mmsb.Propagation.from_torch: ["encoder"],
+        nsm.mmsb.PropagationPass.from_torch: ["layer"],
+        nsm.mmsb.from_hugging_face: ["model"],
+        nsm.mmsb.from_mask: ["mask"],
     }
     for function, names in expected.items():
         assert arguments(function) == names, function
@@ -50,6 +62,7 @@ def test_argument_order_is_fixed() -> None:
 
 def test_output_fields_are_fixed() -> None:
     assert nsm.MachineOutput._fields == ("out", "tokens", "state", "record")
+    assert nsm.mmsb.PropagationOutput._fields == ("pages", "snapshots", "cache")
 
 
 def test_import_is_light() -> None:
@@ -71,7 +84,7 @@ def test_import_is_light() -> None:
 
 
 def test_every_public_name_has_a_docstring() -> None:
-    for module in (nsm, nsm.nn, nsm.ops, nsm.memory, nsm.topology):
+    for module in (nsm, nsm.nn, nsm.ops, nsm.memory, nsm.topology, nsm.mmsb):
         for name, thing in vars(module).items():
             if not name.startswith("_") and (inspect.isclass(thing) or inspect.isfunction(thing)):
                 assert inspect.getdoc(thing), f"{module.__name__}.{name}"

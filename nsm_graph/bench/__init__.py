@@ -9,6 +9,7 @@ from nsm_graph.bench.editing import bench_editing as bench_editing
 from nsm_graph.bench.gpu import bench_gpu as bench_gpu
 from nsm_graph.bench.imports import bench_imports as bench_imports
 from nsm_graph.bench.loop import bench_loop as bench_loop
+from nsm_graph.bench.propagation import bench_propagation as bench_propagation
 from nsm_graph.bench.ragged import bench_ragged as bench_ragged
 from nsm_graph.bench.record import BenchRecord as BenchRecord
 from nsm_graph.bench.scaling import bench_scaling as bench_scaling
@@ -31,6 +32,7 @@ BENCHES: dict[str, Callable[..., list[BenchRecord]]] = {
     "import": bench_imports,
     "loop": bench_loop,
     "memory": bench_memory,
+    "propagation": bench_propagation,
     "ragged": bench_ragged,
     "routing": bench_routing,
     "scaling": bench_scaling,

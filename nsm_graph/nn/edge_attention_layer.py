@@ -8,6 +8,7 @@ With a plain ``edge_index``, or while an explainer or a hook watches, PyG's ``pr
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch_geometric.nn import MessagePassing
 
@@ -25,9 +26,11 @@ class EdgeAttentionLayer(MessagePassing):
     Args:
         channels: Size of queries, keys and values together, over all heads.
         heads: Number of heads; divides ``channels``.
+        dropout: Share of the attention weights that training drops. Each weight is then looked at
+            by itself: the layer runs ``message`` on every kind of edges. (default: :obj:`0.0`)
     """
 
-    def __init__(self, channels: int, heads: int) -> None:
+    def __init__(self, channels: int, heads: int, *, dropout: float = 0.0) -> None:
         if heads < 1 or channels < 1 or channels % heads != 0:
             raise ValueError(
                 f"heads must divide the state channels, but {channels} channels and {heads} heads "
@@ -36,6 +39,7 @@ class EdgeAttentionLayer(MessagePassing):
         super().__init__(aggr="sum", node_dim=0)
         self.heads = heads
         self.head_channels = channels // heads
+        self.dropout = dropout
         self._alpha: Tensor | None = None
 
     def attend(
@@ -49,14 +53,14 @@ class EdgeAttentionLayer(MessagePassing):
     ) -> tuple[Tensor, Tensor | None]:
         """Attention of ``[N, C]`` queries to ``[M, C]`` keys; the output is ``[N, C]``.
 
-        The second result holds the weights ``[E, H]`` where they were asked for.
+        Rows may also come split, ``[N, H, D]``. The second result holds the weights ``[E, H]``
+        where they were asked for.
         """
-        heads = (self.heads, self.head_channels)
-        query, key, value = (rows.unflatten(-1, heads) for rows in (query, key, value))
+        query, key, value = (self.split_heads(rows) for rows in (query, key, value))
         size = (key.size(0), query.size(0))
         if isinstance(edges, Relation):
             check_size(edges, size)
-            if not is_watched(self):
+            if not is_watched(self) and not (self.training and self.dropout > 0):
                 out = edge_attention(query, key, value, edges, bias=bias)
                 alpha = None
                 if return_attention_weights:
@@ -77,6 +81,12 @@ class EdgeAttentionLayer(MessagePassing):
         alpha, self._alpha = self._alpha, None
         return out.flatten(1), alpha if return_attention_weights else None
 
+    def split_heads(self, rows: Tensor) -> Tensor:
+        """``[N, C]`` -> ``[N, H, D]``; what is split already stays."""
+        if rows.dim() == 3:
+            return rows
+        return rows.unflatten(-1, (self.heads, self.head_channels))
+
     def message(
         self,
         query_i: Tensor,
@@ -91,6 +101,7 @@ class EdgeAttentionLayer(MessagePassing):
             scores = scores + bias
         assert size_i is not None
         alpha = masked_group_softmax(scores, index, size_i)
+        alpha = F.dropout(alpha, self.dropout, self.training)
         self._alpha = alpha
         return value_j * alpha.unsqueeze(-1)
 
