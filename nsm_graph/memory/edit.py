@@ -164,10 +164,15 @@ def apply_edit(
     num_slots: int,
     modules: Iterable[nn.Module],
     optimizers: Iterable[Optimizer] = (),
+    *,
+    keeps_fresh: bool = False,
 ) -> None:
-    """Carries an edit to every tensor indexed by slot and to the optimizers' state of them."""
+    """Carries an edit to every tensor indexed by slot and to the optimizers' state of them.
+
+    With ``keeps_fresh`` rows that come from nowhere stay what they are in their slots.
+    """
     optimizers = list(optimizers)
-    fresh = edit.fresh_slots
+    fresh = edit.fresh_slots[:0] if keeps_fresh else edit.fresh_slots
     seen: set[tuple[int, int]] = set()
     owners: list[nn.Module] = []
     for module in modules:
@@ -177,7 +182,7 @@ def apply_edit(
             seen.add((id(tensor), dim))
             edit.apply_to_slots(tensor, num_slots, dim)
             for optimizer in optimizers:
-                _edit_optimizer_state(optimizer, tensor, edit, num_slots, dim)
+                _edit_optimizer_state(optimizer, tensor, edit, fresh, num_slots, dim)
             if not any(owner is known for known in owners):
                 owners.append(owner)
     if fresh.numel() > 0:
@@ -204,9 +209,14 @@ def _say_left_alone(optimizer: Optimizer, name: str, value: object) -> None:
 
 
 def _edit_optimizer_state(
-    optimizer: Optimizer, parameter: Tensor, edit: NodeEdit, num_slots: int, dim: int
+    optimizer: Optimizer,
+    parameter: Tensor,
+    edit: NodeEdit,
+    fresh: Tensor,
+    num_slots: int,
+    dim: int,
 ) -> None:
-    fresh, survivors = edit.fresh_slots, edit.slots_after[~edit.is_fresh]
+    survivors = edit.slots_after[~edit.is_fresh]
     for name, value in optimizer.state.get(parameter, {}).items():
         if not _is_per_row(value, parameter, dim):
             _say_left_alone(optimizer, name, value)

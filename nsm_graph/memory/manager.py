@@ -91,6 +91,9 @@ class StateManager(nn.Module):
         # Who else is indexed by slot. Plain lists: the machine owns the manager, not the reverse.
         self._dependents: list[nn.Module] = []
         self._optimizers: list[Optimizer] = []
+        #: Whether a slot that becomes active keeps the rows it has: set where examples found states
+        #: in free slots, and have trained these.
+        self.keeps_free_slots = False
         self._slots: tuple[Tensor, int, Tensor] | None = None
         #: Moving averages before a step's first observation, and the sums and counts since, where
         #: an editor wants the observations of a step to count as one.
@@ -257,7 +260,7 @@ class StateManager(nn.Module):
             self._optimizers.append(optimizer)
 
     def allocate(self, n: int = 1) -> NodeEdit:
-        """Activates the n lowest free slots with fresh values.
+        """Activates the n lowest free slots, with fresh values unless examples use free slots, too.
 
         Raises:
             ValueError: If fewer than n slots are free.
@@ -434,7 +437,10 @@ class StateManager(nn.Module):
         self._slots = None
         if self._pools is not None:  # what was observed before is of other states
             self._pools = {}
-        apply_edit(edit, self.max_states, [self, *self._dependents], self._optimizers)
+        apply_edit(
+            edit, self.max_states, [self, *self._dependents], self._optimizers,
+            keeps_fresh=self.keeps_free_slots,
+        )  # fmt: skip
 
     # Bookkeeping ################################################################
 

@@ -166,6 +166,7 @@ class NeuralStateMachine(nn.Module):
             state_channels=state_channels,
             token_channels=token_channels,
             out_channels=out_channels,
+            initial_states=num_states,
             num_states=max_states,
             segment_length=segment_length,
             num_steps=num_steps,
@@ -260,6 +261,8 @@ class NeuralStateMachine(nn.Module):
             )
         self.manager.register_dependent(self.cell)
         self.manager.register_dependent(self.head)
+        # Examples found states in any slot: a free one is in use, and keeps its rows.
+        self.manager.keeps_free_slots = allocator is not None
 
     def reset_parameters(self) -> None:
         """Draws all parameters anew, empties the memory and takes off a fitted snap."""

@@ -91,7 +91,7 @@ def read_node_sets(
         steps += more
     rows = side_by_side([rows, *reversed(finished)])
     if record is not None:
-        _fill(record, plan, steps)
+        _fill(record, plan, steps, -(-state.num_tokens // segment_length))
     return _reading(rows, steps, tokens, plan, state)
 
 
@@ -124,7 +124,7 @@ class _Reader:
                 finished.append(rest)
             if bptt_segments is not None and index > 0 and index % bptt_segments == 0:
                 rows = rows.detach()
-            step = self.read_segment(rows, x, address, place, tokens, first_step + index)
+            step = self.read_segment(rows, x, address, place, tokens, index, first_step)
             rows = step.after
             steps.append(step)
         return rows, finished, steps
@@ -137,23 +137,27 @@ class _Reader:
         place: Tensor,
         tokens: Partition,
         index: int,
+        first_step: int,
     ) -> Step:
-        """Found, read, prune."""
+        """Found, read, prune: segment ``index`` of the call."""
         cell, allocator = self.cell, self.allocator
         rows, relation, match, events = self.found(before, address, tokens, index)
-        bias = match + rows.presence.log()[relation.edge_index[1]]
+        bias = match + rows.log_presence[relation.edge_index[1]]
         inputs, weights = cell.hoist(
             x, place, relation, self.manager.importance, None, column=rows.slots, routing_bias=bias
         )
-        inputs = cell.connect_nodes(inputs, NodeSet(rows.nodes, slots=rows.slots, step=index))
+        nodes = NodeSet(rows.nodes, slots=rows.slots, step=first_step + index)
+        inputs = cell.connect_nodes(inputs, nodes)
         output = cell(rows.states, rows.cell, inputs, self.is_recorded)
         mass = cell.routing_mass(weights, inputs.relation)
 
         states = output.states
         rows = rows._replace(states=states, cell=output.propagated.cell)
-        keep = allocator.keep(states)
+        keep = allocator.log_keep(states)
         if keep is not None:
-            rows = rows._replace(presence=rows.presence * keep, lasting=rows.lasting * keep)
+            rows = rows._replace(
+                log_presence=rows.log_presence + keep, log_lasting=rows.log_lasting + keep
+            )
         after = rows
         staying = allocator.stays(states, rows.nodes, self.manager.min_states)
         if not bool(staying.stays.all()):
@@ -177,7 +181,7 @@ class _Reader:
         allocator, num_slots = self.allocator, self.manager.max_states
         relation = Relation.between(tokens, rows.nodes)
         match = allocator.match(address, rows.states, relation)
-        explained = allocator.explained(match, rows.presence, relation)
+        explained = allocator.explained(match, rows.log_presence, relation)
         room = num_slots - rows.nodes.ptr.diff()
         founding = allocator.found(address, explained, tokens, room)
         founder = founding.is_founder.nonzero().flatten()
@@ -190,11 +194,11 @@ class _Reader:
         states = torch.cat(
             [address[founder], self.manager.bank[slots, allocator.address_channels :]], dim=1
         )
-        gate, new_cell = founding.gate[founder], None
+        gate, new_cell = founding.log_gate[founder], None
         if rows.cell is not None:
             new_cell = rows.cell.new_zeros(founder.numel(), rows.cell.size(1))
         rows = rows.join(
-            StateRows(states, new_cell, slots, gate, torch.ones_like(gate), nodes), num_slots
+            StateRows(states, new_cell, slots, gate, torch.zeros_like(gate), nodes), num_slots
         )
         relation = Relation.between(tokens, rows.nodes)
         events = []
@@ -235,9 +239,9 @@ def _events(
 
 def _rows_of(state: MachineState) -> StateRows:
     """The carried rows; those of a stream that begins are wholly present."""
-    there = torch.ones_like(state.states[:, 0])
-    presence = there if state.presence is None else state.presence
-    lasting = there if state.lasting is None else state.lasting
+    there = torch.zeros_like(state.states[:, 0])
+    presence = there if state.log_presence is None else state.log_presence
+    lasting = there if state.log_lasting is None else state.log_lasting
     return StateRows(state.states, state.cell, state.row_slots, presence, lasting, state.rows)
 
 
@@ -257,8 +261,8 @@ def _reading(
         num_tokens=state.num_tokens + num_read,
         slots=rows.slots,
         nodes=rows.nodes,
-        presence=rows.presence,
-        lasting=rows.lasting,
+        log_presence=rows.log_presence,
+        log_lasting=rows.log_lasting,
     )
     nobody = rows.split(0)[0]
     mass = [step.mass for step in steps if step.mass is not None]
@@ -280,7 +284,8 @@ def _reading(
     )
 
 
-def _fill(record: Record, plan: SegmentPlan, steps: list[Step]) -> None:
+def _fill(record: Record, plan: SegmentPlan, steps: list[Step], first: Tensor) -> None:
+    """Notes what happened; ``first`` is the segment of each stream that the call begins with."""
     for step, relation in zip(steps, plan.steps, strict=True):
         part = step.record
         assert part is not None
@@ -288,6 +293,9 @@ def _fill(record: Record, plan: SegmentPlan, steps: list[Step]) -> None:
         record.examples.append(examples)
         for name in STEPWISE:
             getattr(record, name).extend(getattr(part, name))
-        rank = examples.tolist()
-        record.events += [event._replace(example=rank[event.example]) for event in part.events]
+        rank, age = examples.tolist(), first[examples].tolist()
+        record.events += [
+            event._replace(example=rank[event.example], segment=event.segment + age[event.example])
+            for event in part.events
+        ]
     record.tokens += plan.token_order.split([relation.num_src for relation in plan.steps])

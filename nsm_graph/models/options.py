@@ -33,6 +33,7 @@ def check_options(
     allocator: StateAllocator | None,
     mix: str,
     watch: Mapping[str, float] | None,
+    initial_states: int,
     num_states: int,
     ordered_nodes: bool,
     conv: object,
@@ -71,7 +72,7 @@ def check_options(
     if "sharpness" in (watch or {}) and mix == "routing":
         raise ValueError('watch: "sharpness" is that of the attention, but mix="routing" has none')
     if allocator is not None:
-        _check_allocator(allocator, segment_length, scan, mix, watch, **sizes)
+        _check_allocator(allocator, segment_length, scan, mix, watch, initial_states, **sizes)
     if segment_length is None:
         _check_graph_options(
             head, position, scan if not ordered_nodes else None, bptt_segments, checkpoint_segments
@@ -122,6 +123,7 @@ def _check_allocator(
     scan: nn.Module | None,
     mix: str,
     watch: Mapping[str, float] | None,
+    initial_states: int,
     **sizes: int,
 ) -> None:
     if not isinstance(allocator, StateAllocator):
@@ -146,6 +148,11 @@ def _check_allocator(
         )
     if mix == "attention":
         raise ValueError('allocator acts in the router, but mix="attention" has none')
+    if allocator.budget is not None and allocator.budget < initial_states:
+        raise ValueError(
+            f"budget={allocator.budget:g} states cannot be met: every example starts with "
+            f"num_states={initial_states}"
+        )
     if "update" in (watch or {}):
         raise ValueError(
             'watch: "update" compares the states before and after a call, but with an allocator '
@@ -283,13 +290,14 @@ def _check_state(machine: NeuralStateMachine, state: MachineState, batch_size: i
             f"state has dtype {state.states.dtype}, but the machine has "
             f"{machine.manager.bank.dtype}; carry it in the machine's precision"
         )
-    if machine.cell.allocator is not None and state.nodes is not None:
-        _check_node_sets(machine, state)
-    elif state.nodes is not None:
+    if (machine.cell.allocator is None) != (state.nodes is None):
+        carries = "one node set for all examples" if state.nodes is None else "a node set for each"
+        has = "no allocator" if state.nodes is not None else "an allocator"
         raise ValueError(
-            "state carries a node set for each example, but this machine has no allocator; it "
-            "comes from another machine"
+            f"state carries {carries}, but this machine has {has}; it comes from another machine"
         )
+    if state.nodes is not None:
+        _check_node_sets(machine, state)
     elif not torch.equal(state.slots, slots):
         raise ValueError(
             f"state was carried from slots {state.slots.tolist()}, but now {slots.tolist()} are "
@@ -321,7 +329,8 @@ def _check_state(machine: NeuralStateMachine, state: MachineState, batch_size: i
 
 def _check_node_sets(machine: NeuralStateMachine, state: MachineState) -> None:
     nodes, num_slots = state.rows, machine.manager.max_states
-    for name, rows in (("slots", state.slots), ("presence", state.presence)):
+    for name in ("slots", "log_presence", "log_lasting"):
+        rows = getattr(state, name)
         if rows is None or rows.shape != (nodes.num_rows,):
             shape = None if rows is None else tuple(rows.shape)
             raise ValueError(

@@ -42,7 +42,8 @@ def predict(
         batch = state.rows.batch
         watch(state.states, state.row_slots, batch)
         states = _hide_gated(cell, state.states, batch, num_examples)
-        return head(states, batch, num_examples, state.row_slots, state.presence), None
+        presence = None if state.log_presence is None else state.log_presence.exp()
+        return head(states, batch, num_examples, state.row_slots, presence), None
     if reading.own is not None:
         return _predict_own(head, reading, at, watch)
     seen = torch.cat([state.states[:0], *(reading.before if head.causal else reading.after)])
@@ -70,7 +71,7 @@ def _predict_own(
     assert reading.token_order is not None
     rows = reading.own[0 if head.causal else 1]
     relation = Relation.between(rows.nodes, reading.relation.sources)
-    bias = log_presence(rows.presence, relation)
+    bias = presence_bias(rows.log_presence, relation)
     watch(rows.states, rows.slots, None)
     place = torch.argsort(reading.token_order)
     asked = place if at is None else place[at]
@@ -78,11 +79,11 @@ def _predict_own(
     return out, tokens[place]
 
 
-def log_presence(presence: Tensor, relation: Relation) -> Tensor | None:
+def presence_bias(log_presence: Tensor, relation: Relation) -> Tensor | None:
     """What the presence of sources adds to scores, ``[E]``; None where that is nothing."""
-    if not presence.requires_grad and bool((presence == 1).all()):
+    if not log_presence.requires_grad and not bool(log_presence.any()):
         return None
-    return presence.log()[relation.edge_index[0]]
+    return log_presence[relation.edge_index[0]]
 
 
 @torch.no_grad()
@@ -94,9 +95,9 @@ def _reads(head: TokenHead, reading: Reading, asked: Tensor, rows: StateRows) ->
     upto = torch.cat([asked.new_zeros(1), is_asked.cumsum(0)])
     tokens = Partition.from_ptr(upto[sources.ptr])
     relation = Relation.between(rows.nodes, tokens)
-    _, (_, alpha) = head.readout(
-        (rows.states, reading.tokens[is_asked]), relation, return_attention_weights=True
-    )
+    pair = (rows.states, reading.tokens[is_asked])
+    bias = presence_bias(rows.log_presence, relation)
+    _, (_, alpha) = head.readout(pair, relation, bias=bias, return_attention_weights=True)
     return group_sum(alpha.square().mean(1), relation.edge_index[0], rows.nodes.num_rows)
 
 
@@ -107,17 +108,18 @@ def lost_reads(head: ExampleHead | TokenHead, reading: Reading, at: Tensor | Non
     that pools states reads each of them once. See :meth:`MachineState.memory_cost`.
     """
     state = reading.state
-    if reading.own is None or state.lasting is None or not state.lasting.requires_grad:
+    if reading.own is None or state.log_lasting is None or not state.log_lasting.requires_grad:
         return None
     if isinstance(head, ExampleHead):
-        return group_sum(1 - state.lasting, state.rows.batch, state.num_examples)
+        gone = 1 - state.log_lasting.exp()
+        return group_sum(gone, state.rows.batch, state.num_examples)
     rows = reading.own[0 if head.causal else 1]
     assert reading.token_order is not None
     assert reading.groups is not None
     place = torch.argsort(reading.token_order)
     reads = _reads(head, reading, place if at is None else place[at], rows)
     example = reading.groups[rows.nodes.batch]
-    return group_sum(reads * (1 - rows.lasting), example, state.num_examples)
+    return group_sum(reads * (1 - rows.log_lasting.exp()), example, state.num_examples)
 
 
 def _hide_gated(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
@@ -28,9 +29,9 @@ class MachineState:
             an allocator.
         tail: ``[B, C_t]``, the last token of each stream, for a scan's convolution.
         nodes: How the rows fall into examples, where these have node sets of their own.
-        presence: ``[rows]``, of founding and staying; see
+        log_presence: ``[rows]``, of founding and staying; see
             :class:`~nsm_graph.nn.StateAllocator`.
-        lasting: ``[rows]``, of staying alone.
+        log_lasting: ``[rows]``, of staying alone.
         lost_reads: ``[B]``, where presence has a gradient: see :meth:`memory_cost`.
     """
 
@@ -40,8 +41,8 @@ class MachineState:
     slots: Tensor
     tail: Tensor | None = None
     nodes: Partition | None = None
-    presence: Tensor | None = None
-    lasting: Tensor | None = None
+    log_presence: Tensor | None = None
+    log_lasting: Tensor | None = None
     lost_reads: Tensor | None = None
 
     @property
@@ -68,9 +69,9 @@ class MachineState:
     @property
     def expected_states(self) -> Tensor:
         """The same for a loss, ``[B]``: its gradient is that of the states' presence."""
-        if self.presence is None:
+        if self.log_presence is None:
             return self.num_states.to(self.states)
-        return group_sum(self.presence, self.rows.batch, self.num_examples)
+        return group_sum(self.log_presence.exp(), self.rows.batch, self.num_examples)
 
     def memory_cost(self, per_state: float, worth: float = 10.0) -> Tensor:
         r"""What a loss is charged for states that stay, on average over the examples.
@@ -91,9 +92,12 @@ class MachineState:
             per_state: c, in the unit of the loss.
             worth: v, how many states a read is worth.
         """
-        if self.lasting is None:
+        for name, value in (("per_state", per_state), ("worth", worth)):
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name} must be a finite number of at least 0, but is {value}")
+        if self.log_lasting is None:
             return per_state * self.num_states.to(self.states).mean()
-        cost = self.lasting.sum()
+        cost = self.log_lasting.exp().sum()
         if self.lost_reads is not None:
             cost = cost + worth * self.lost_reads.sum()
         return per_state * cost / self.num_examples
@@ -143,7 +147,7 @@ class NodeSetEvent(NamedTuple):
     kind: str  #: ``"allocate"`` or ``"prune"``
     slot: int
     reason: str
-    score: float  #: the logit of the decision, which was taken as it is above or below 0
+    score: float  #: the decision's logit: above 0 founds and stays, but for noise in training
     num_states: int  #: of the example, after this segment's events of this kind
 
     def to_dict(self) -> dict[str, Any]:

@@ -16,15 +16,15 @@ class StateRows(NamedTuple):
     states: Tensor  #: ``[N, C]``
     cell: Tensor | None  #: ``[N, C]``, of an LSTM
     slots: Tensor  #: ``[N]``
-    presence: Tensor  #: ``[N]``, of the decisions that brought each state and let it stay
-    lasting: Tensor  #: ``[N]``, of those alone that let it stay
+    log_presence: Tensor  #: ``[N]``, of the decisions that brought each state and let it stay
+    log_lasting: Tensor  #: ``[N]``, of those alone that let it stay
     nodes: Partition  #: how the rows fall into examples
 
     def take(self, index: Tensor, ptr: Tensor) -> StateRows:
         """Some of the rows, in whatever order, and how these fall into examples."""
         cell = None if self.cell is None else self.cell[index]
         columns = (self.states[index], cell, self.slots[index])
-        gates = (self.presence[index], self.lasting[index])
+        gates = (self.log_presence[index], self.log_lasting[index])
         return StateRows(*columns, *gates, Partition.from_ptr(ptr))
 
     def stay(self, stays: Tensor) -> StateRows:
@@ -57,8 +57,8 @@ class StateRows(NamedTuple):
         """The same rows without their history."""
         cell = None if self.cell is None else self.cell.detach()
         return self._replace(
-            states=self.states.detach(), cell=cell, presence=self.presence.detach(),
-            lasting=self.lasting.detach(),
+            states=self.states.detach(), cell=cell, log_presence=self.log_presence.detach(),
+            log_lasting=self.log_lasting.detach(),
         )  # fmt: skip
 
 
@@ -70,7 +70,7 @@ def side_by_side(rows: list[StateRows]) -> StateRows:
         torch.cat([part.states for part in rows]),
         torch.cat(cells) if cells else None,
         torch.cat([part.slots for part in rows]),
-        torch.cat([part.presence for part in rows]),
-        torch.cat([part.lasting for part in rows]),
+        torch.cat([part.log_presence for part in rows]),
+        torch.cat([part.log_lasting for part in rows]),
         Partition.from_ptr(torch.cat([count.new_zeros(1), count.cumsum(0)])),
     )

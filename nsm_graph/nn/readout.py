@@ -85,14 +85,12 @@ class StatePool(nn.Module):
             batch_size: Number of examples. (default: :obj:`None`)
             slots: The slot of each state, needed for ``"flatten"`` unless every example holds all
                 slots in order. (default: :obj:`None`)
-            weight: How much each state counts, positive; ``None`` for all alike.
-                (default: :obj:`None`)
+            weight: How much each state counts, 0 or more; ``None`` for all alike. A factor that
+                all share makes a difference to ``"flatten"`` only. (default: :obj:`None`)
         """
         check_features(x, -1, "x")
-        if weight is not None and weight.shape != x.shape[:1]:
-            raise ValueError(
-                f"weight must have one entry per state, {x.size(0)}, but has {tuple(weight.shape)}"
-            )
+        if weight is not None:
+            _check_weight(weight, x)
         if batch is None:
             if batch_size not in (None, 1):
                 raise ValueError(
@@ -116,7 +114,8 @@ class StatePool(nn.Module):
             return total / share.clamp(min=torch.finfo(share.dtype).tiny)
         score = self.lin_gate(x)
         if weight is not None:
-            score = score + weight.log().unsqueeze(1)
+            tiny = torch.finfo(weight.dtype).tiny
+            score = score + weight.clamp(min=tiny).log().unsqueeze(1)
         weights = softmax(score, batch, num_nodes=batch_size)
         return scatter(x * weights, batch, dim=0, dim_size=batch_size, reduce="sum")
 
@@ -156,6 +155,16 @@ class StatePool(nn.Module):
 
     def __repr__(self) -> str:
         return f"{self.__class__.__name__}({self.mode!r})"
+
+
+def _check_weight(weight: Tensor, x: Tensor) -> None:
+    if not isinstance(weight, Tensor) or weight.shape != x.shape[:1]:
+        shape = tuple(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
+        raise ValueError(f"weight must have one entry per state, {x.size(0)}, but has {shape}")
+    if not weight.is_floating_point():
+        raise ValueError(f"weight must be floating point, but has dtype {weight.dtype}")
+    if not torch.compiler.is_compiling() and not bool((weight >= 0).all()):
+        raise ValueError("weight must not be negative or NaN")
 
 
 class TokenReadout(EdgeAttentionLayer):

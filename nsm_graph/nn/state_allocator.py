@@ -22,7 +22,7 @@ class Founding(NamedTuple):
     """Which tokens found a state."""
 
     is_founder: Tensor  #: ``[T]``, bool
-    gate: Tensor  #: ``[T]``, how present the state of each founder is; 1 with straight-through
+    log_gate: Tensor  #: ``[T]``, how present the state of each founder is; 0 with straight-through
     logit: Tensor  #: ``[T]``, of founding; positive where nothing that is known explains the token
 
 
@@ -109,20 +109,22 @@ class StateAllocator(nn.Module):
         budget: float | None = None,
     ) -> None:
         super().__init__()
-        check_channels(token_channels=token_channels)
+        check_channels(token_channels=token_channels, state_channels=state_channels)
         check_choice("gate", gate, GATES)
-        if not 0 < address_channels < state_channels:
+        check_choice("prune", prune, (True, False))
+        is_integer = isinstance(address_channels, int) and not isinstance(address_channels, bool)
+        if not is_integer or not 0 < address_channels < state_channels:
             raise ValueError(
-                f"address_channels must be positive and leave channels for what a state holds, so "
-                f"1..{state_channels - 1}, but is {address_channels}"
+                f"address_channels must be an integer that leaves channels for what a state holds, "
+                f"1..{state_channels - 1}, but is {address_channels!r}"
             )
-        if match_scale <= 0:
-            raise ValueError(f"match_scale must be positive, but is {match_scale}")
-        if budget is not None and budget < 1:
-            raise ValueError(f"budget must be at least 1 state, or None, but is {budget}")
+        _check_number("match_scale", match_scale, above=0.0)
+        _check_number("novelty", novelty)
+        if budget is not None:
+            _check_number("budget", budget, least=1.0)
         self.token_channels, self.state_channels = token_channels, state_channels
         self.address_channels = address_channels
-        self.gate, self.prune, self.budget = gate, prune, budget
+        self.gate, self.budget, self._prunes = gate, budget, prune
         self.initial_scale, self.initial_novelty = float(match_scale), float(novelty)
         self.lin_address = Linear(token_channels, address_channels, bias=False)
         self.lin_keep = Linear(state_channels, 1) if prune else None
@@ -151,17 +153,32 @@ class StateAllocator(nn.Module):
         src, dst = relation.edge_index
         return self.log_scale.exp() * (address[src] * known[dst]).sum(-1)
 
-    def keep(self, states: Tensor) -> Tensor | None:
-        r"""The gates of states that stay, of :math:`r_j`, ``[N]``; None where all do."""
+    @property
+    def prune(self) -> bool:
+        """Whether states can leave."""
+        return self._prunes
+
+    @prune.setter
+    def prune(self, prunes: bool) -> None:
+        if prunes and self.lin_keep is None:
+            raise ValueError(
+                "the allocator was built with prune=False and has nothing to decide by; build it "
+                "with prune=True"
+            )
+        self._prunes = bool(prunes)
+
+    def log_keep(self, states: Tensor) -> Tensor | None:
+        r"""The gates of states that stay, :math:`\log r_j`, ``[N]``; None where all do."""
         if self.lin_keep is None or not self.prune:
             return None
-        return self._pass(self.lin_keep(states).squeeze(-1).sigmoid())
+        return self._pass(self.lin_keep(states).squeeze(-1))
 
-    def _pass(self, probability: Tensor) -> Tensor:
-        """The gate of a decision that was taken: 1 with straight-through, else its probability."""
+    def _pass(self, logit: Tensor) -> Tensor:
+        """The log of a decision's gate: 0 with straight-through, else its log probability."""
+        log_probability = F.logsigmoid(logit)
         if self.gate == "continuous":
-            return probability
-        return probability / probability.detach()
+            return log_probability
+        return log_probability - log_probability.detach()
 
     # Who comes ##################################################################
 
@@ -176,46 +193,44 @@ class StateAllocator(nn.Module):
             tokens: How the tokens fall into examples.
             room: How many states each example can still take, ``[B]``.
         """
-        scale = self.log_scale.exp()
-        place = torch.arange(tokens.max_count, device=address.device)
-        address_BSA, explained_BS = tokens.pad(address), tokens.pad(explained)
+        nothing = explained.new_zeros(0)
+        if tokens.num_rows == 0:
+            return Founding(nothing.bool(), nothing, nothing)
+        # Low enough for nobody, and finite, so that gradients are.
+        lowest = torch.finfo(explained.dtype).min / 4
+        address_BSA = tokens.pad(address)
+        explained_BS = tokens.pad(explained).clamp(min=lowest)
         is_token_BS = tokens.mask()
-        match_BSS = scale * (address_BSA @ address_BSA.mT)
+        match_BSS = self.log_scale.exp() * (address_BSA @ address_BSA.mT)
         noise_BS = torch.zeros_like(explained_BS)
         if self.training:
-            uniform = torch.rand_like(explained_BS).clamp(1e-6, 1 - 1e-6)
-            noise_BS = uniform.logit()
+            noise_BS = torch.rand_like(explained_BS).clamp(1e-6, 1 - 1e-6).logit()
 
-        logits: list[Tensor] = []
-        founders: list[Tensor] = []
-        gates: list[Tensor] = []
-        for i in place.tolist():
-            total = explained_BS[:, i]
-            if i > 0:
-                # Nobody who did not found a state explains anything.
-                gate = torch.stack(gates, 1).log()
-                earlier = (match_BSS[:, i, :i] + gate).masked_fill(
-                    ~torch.stack(founders, 1), -torch.inf
-                )
-                total = torch.logsumexp(torch.cat([total.unsqueeze(1), earlier], 1), dim=1)
-            logit = self.novelty - self.restraint - total
+        # What founders of this segment explain of the tokens behind them.
+        fresh_BS = torch.full_like(explained_BS, lowest)
+        columns: list[tuple[Tensor, Tensor, Tensor]] = []
+        for i in range(tokens.max_count):
+            known = torch.logaddexp(explained_BS[:, i], fresh_BS[:, i])
+            logit = self.novelty - self.restraint - known
             founds = (logit + noise_BS[:, i] > 0) & is_token_BS[:, i] & (room > 0)
+            log_gate = self._pass(logit)
             room = room - founds.long()
-            logits.append(logit)
-            founders.append(founds)
-            gates.append(self._pass(logit.sigmoid()))
-        if not logits:
-            nothing = explained.new_zeros(0)
-            return Founding(nothing.bool(), nothing, nothing)
-        columns = (torch.stack(rows, 1) for rows in (founders, gates, logits))
-        return Founding(*(tokens.unpad(rows) for rows in columns))
+            columns.append((founds, log_gate, logit))
+            if bool(founds.any()):
+                more = torch.logaddexp(fresh_BS, match_BSS[:, i] + log_gate.unsqueeze(1))
+                fresh_BS = torch.where(founds.unsqueeze(1), more, fresh_BS)
+        return Founding(
+            *(tokens.unpad(torch.stack(rows, 1)) for rows in zip(*columns, strict=True))
+        )
 
-    def explained(self, match: Tensor, presence: Tensor, relation: Relation) -> Tensor:
+    def explained(self, match: Tensor, log_presence: Tensor, relation: Relation) -> Tensor:
         r""":math:`\log \sum_j p_j e^{m_{ij}}` over the states of each token's example, ``[T]``."""
         src, dst = relation.edge_index
-        # A match is a cosine times the scale, so the highest possible one is known.
-        top = self.log_scale.exp()
-        total = group_sum((match - top).exp() * presence[dst], src, relation.num_src)
+        score = match + log_presence[dst]
+        top = torch.full((relation.num_src,), -torch.inf, dtype=score.dtype, device=score.device)
+        top = top.scatter_reduce(0, src, score.detach(), "amax")
+        total = group_sum((score - top[src]).exp(), src, relation.num_src)
+        # A token without states, of which the total is 0, is explained by nobody.
         return total.clamp(min=torch.finfo(total.dtype).tiny).log() + top
 
     # Who stays ##################################################################
@@ -243,10 +258,14 @@ class StateAllocator(nn.Module):
 
     @torch.no_grad()
     def restrain(self, num_states: float, rate: float = 0.05) -> None:
-        """Moves the threshold of founding by how far an average number of states is over budget."""
+        """Moves the threshold of founding by how far an average number of states is over budget.
+
+        It stays where it can be undone: twice the scale is more than any token exceeds.
+        """
         if self.budget is not None:
             over = (num_states - self.budget) / self.budget
-            self.restraint.add_(rate * over).clamp_(min=0)
+            most = 2 * float(self.log_scale.exp())
+            self.restraint.add_(rate * over).clamp_(min=0, max=most)
 
     def extra_repr(self) -> str:
         budget = "" if self.budget is None else f", budget={self.budget}"
@@ -254,3 +273,13 @@ class StateAllocator(nn.Module):
             f"{self.token_channels}, {self.state_channels}, "
             f"address_channels={self.address_channels}, gate={self.gate!r}{budget}"
         )
+
+
+def _check_number(
+    name: str, value: object, *, above: float = -math.inf, least: float = -math.inf
+) -> None:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or value <= above or value < least:
+        bound = f" above {above:g}" if above > -math.inf else ""
+        bound = f" of at least {least:g}" if least > -math.inf else bound
+        raise ValueError(f"{name} must be a finite number{bound}, but is {value!r}")

@@ -60,8 +60,8 @@ class NodeSetSizes:
         if not self.num_states:
             return {}
         num_states = torch.cat(self.num_states)
-        result = {"num_states": float(num_states.float().mean())}
+        result = {"num_states": float(num_states.double().mean())}
         if self.needed:
             error = (num_states - torch.cat(self.needed)).abs()
-            result["states_within_one"] = float((error <= 1).float().mean())
+            result["states_within_one"] = float((error <= 1).double().mean())
         return result

@@ -130,12 +130,13 @@ class Example:
         """What each token would lose with states that leave."""
         width = query.size(1) // self.o.heads
         p = torch.stack([self.lasts[m] for m in self.states])
+        here = torch.stack([self.presence(m).log() for m in self.states])
         for row in query:
             lost = 0.0
             for h in range(self.o.heads):
                 part = slice(h * width, (h + 1) * width)
                 score = key[:, part] @ row[part] / width**0.5
-                weight = score.softmax(0).detach()
+                weight = (score + here).softmax(0).detach()
                 lost = lost + (weight**2 * (1 - p)).sum() / self.o.heads
             self.losses.append(lost)
 

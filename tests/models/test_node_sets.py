@@ -1,5 +1,6 @@
 """A node set for every example: equations, gradients, ragged batches, streams, what is refused."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import node_set_oracle
@@ -89,7 +90,8 @@ def test_equals_the_equations_and_their_gradients(options, counts, seed):
     presences = [e.presence(m) for e in examples for m in e.states]
     lasting = [e.lasts[m] for e in examples for m in e.states]
     state = result.state
-    assert_close_to_norm(result.state.presence, torch.stack(presences), 1e-10, "presence")
+    presence = result.state.log_presence.exp()
+    assert_close_to_norm(presence, torch.stack(presences), 1e-10, "presence")
     direction = torch.randn(expected.shape, dtype=torch.float64)
     parameters = [p for p in machine.parameters() if p.requires_grad]
     results = []
@@ -137,7 +139,7 @@ def test_a_stream_in_pieces_is_the_stream(options, cuts):
         outs.append(result.out.view(2, -1, result.out.size(-1)))
     assert state.slots.tolist() == whole.state.slots.tolist()
     assert_close_to_norm(state.states, whole.state.states, 1e-12)
-    assert_close_to_norm(state.presence, whole.state.presence, 1e-12)
+    torch.testing.assert_close(state.log_presence, whole.state.log_presence, atol=1e-10, rtol=1e-10)
     out = outs[-1] if options["head"] == "example" else torch.cat(outs, 1)
     assert_close_to_norm(out.flatten(0, 1), whole.out, 1e-12)
 
@@ -309,6 +311,71 @@ def test_a_carried_memory_outlives_edits_of_the_bank():
     assert fresh.state.num_states.tolist() == [INITIAL - 1]
 
 
+def test_slots_that_examples_use_keep_their_rows_when_they_become_active():
+    machine = machine_of(seed=1, segment_length=2, pool="flatten")
+    optimizer = torch.optim.AdamW(machine.parameters(), lr=0.01)
+    machine.manager.register_optimizer(optimizer)
+    x = torch.randn(20, 3, dtype=torch.float64)
+    run(machine, x, [12, 8]).out.sum().backward()
+    optimizer.step()
+    state = run(machine, x, [12, 8]).state
+    before = {name: value.clone() for name, value in machine.state_dict().items()}
+    moments = {name: value.clone() for name, value in optimizer.state[machine.manager.bank].items()}
+    after = run(machine, x, [12, 8], state=state).out
+    machine.manager.allocate(1)
+    for name, value in machine.state_dict().items():
+        assert torch.equal(value, before[name]) or name == "manager.active", name
+    for name, value in optimizer.state[machine.manager.bank].items():
+        assert torch.equal(value, moments[name])
+    assert torch.equal(run(machine, x, [12, 8], state=state).out, after)
+
+
+@pytest.mark.parametrize("dtype", [torch.float, torch.half])
+@pytest.mark.parametrize("scale", [20.0, 200.0, 2000.0])
+def test_sharp_matches_found_as_in_double_precision(dtype, scale):
+    machine = machine_of(seed=1, segment_length=3, prune=False)
+    with torch.no_grad():
+        machine.cell.allocator.log_scale.fill_(scale).log_()
+        machine.cell.allocator.novelty.fill_(scale / 2)
+    x = torch.randn(9, 3, dtype=torch.float64)
+    expected = run(machine, x, [5, 4]).state.slots
+    assert expected.numel() > 2 * INITIAL
+    assert torch.equal(run(machine.to(dtype), x.to(dtype), [5, 4]).state.slots, expected)
+
+
+@pytest.mark.parametrize("gate", ["straight_through", "continuous"])
+def test_long_streams_keep_finite_gradients(gate):
+    machine = machine_of(seed=1, dtype=torch.float, segment_length=1, gate=gate)
+    with torch.no_grad():
+        machine.cell.allocator.lin_keep.weight.zero_()
+        machine.cell.allocator.lin_keep.bias.fill_(0.2)
+    result = machine.run(torch.randn(900, 3))
+    (result.out.sum() + result.state.memory_cost(0.1)).backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in machine.parameters())
+    with torch.no_grad():
+        machine.cell.allocator.lin_keep.bias.fill_(-200.0)  # who must stay stays
+    assert machine.run(torch.randn(9, 3)).out.isfinite().all()
+
+
+def test_events_know_the_segment_of_their_stream():
+    machine = machine_of(prune=False, segment_length=1)
+    with torch.no_grad():
+        machine.cell.allocator.novelty.fill_(50.0)  # everything is new
+    first = run(machine, torch.randn(2, 3, dtype=torch.float64), [2, 0]).state
+    record = run(machine, torch.randn(3, 3, dtype=torch.float64), [1, 2], state=first, record=True)
+    events = [(event.example, event.segment) for event in record.record.events]
+    assert sorted(events) == [(0, 2), (1, 0), (1, 1)]
+
+
+def test_an_unreachable_budget_does_not_wind_up():
+    machine = machine_of(seed=4, segment_length=1, dtype=torch.float, prune=False)
+    allocator = machine.cell.allocator
+    allocator.budget = 1.0  # every example starts with two
+    for _ in range(2000):
+        allocator.restrain(2.0)
+    assert allocator.restraint.item() == pytest.approx(2 * allocator.initial_scale)
+
+
 def test_state_dict_round_trip_and_state_to_device():
     machine, other = machine_of(seed=1), machine_of(seed=2)
     machine.cell.allocator.restraint.fill_(0.25)
@@ -316,7 +383,7 @@ def test_state_dict_round_trip_and_state_to_device():
     x = torch.randn(9, 3, dtype=torch.float64)
     assert torch.equal(run(machine, x, [5, 4]).out, run(other, x, [5, 4]).out)
     state = run(machine, x, [5, 4]).state.to("cpu").detach()
-    assert not state.states.requires_grad and not state.presence.requires_grad
+    assert not state.states.requires_grad and not state.log_presence.requires_grad
     assert state.num_examples == 2
 
 
@@ -334,9 +401,9 @@ def test_hetero_data_has_as_many_states_as_there_are():
     assert torch.equal(data["token"].batch[source], out["state"].batch[target])
 
 
-def refuse(match, **options):
+def refuse(match, num_states=1, **options):
     with pytest.raises(ValueError, match=match):
-        NeuralStateMachine(3, 8, 1, 2, **({"segment_length": 2} | options))
+        NeuralStateMachine(3, 8, num_states, 2, **({"segment_length": 2} | options))
 
 
 def test_refuses_what_does_not_fit():
@@ -349,12 +416,21 @@ def test_refuses_what_does_not_fit():
     refuse("nodes of a graph have none", allocator=allocator, segment_length=None)
     refuse("both own the first channels", allocator=allocator, scan=SegmentScan(8, 8, 1))
     refuse('mix="attention" has none', allocator=allocator, mix="attention")
+    refuse("budget=2 states cannot be met", num_states=4, allocator=StateAllocator(
+        8, 8, address_channels=2, budget=2))  # fmt: skip
+    with pytest.raises(ValueError, match="built with prune=False"):
+        StateAllocator(8, 8, address_channels=2, prune=False).prune = True
     refuse("these are not the same ones", allocator=allocator, watch={"update": 10})
     for options, match in (
         ({"address_channels": 8}, r"1\.\.7, but is 8"),
         ({"gate": "hard"}, "gate must be one of"),
-        ({"match_scale": 0.0}, "match_scale must be positive"),
-        ({"budget": 0.5}, "at least 1 state"),
+        ({"match_scale": 0.0}, "match_scale must be a finite number above 0"),
+        ({"match_scale": float("nan")}, "match_scale must be a finite number above 0"),
+        ({"novelty": "x"}, "novelty must be a finite number"),
+        ({"budget": 0.5}, "budget must be a finite number of at least 1"),
+        ({"budget": True}, "budget must be a finite number of at least 1"),
+        ({"prune": "no"}, "prune must be one of True, False"),
+        ({"address_channels": 2.5}, "address_channels must be an integer"),
         ({"token_channels": 0}, "token_channels"),
     ):
         arguments = {"token_channels": 8, "state_channels": 8, "address_channels": 4} | options
@@ -368,9 +444,11 @@ def test_refuses_states_of_other_machines():
     state = machine.run(x).state
     with pytest.raises(ValueError, match="this machine has no allocator"):
         plain.run(x, state=state)
-    from dataclasses import replace
-
-    with pytest.raises(ValueError, match="one entry of presence"):
-        machine.run(x, state=replace(state, presence=None))
+    with pytest.raises(ValueError, match="this machine has an allocator"):
+        machine.run(x, state=plain.run(x).state)
+    with pytest.raises(ValueError, match="one entry of log_lasting"):
+        machine.run(x, state=replace(state, log_lasting=state.log_lasting[:1]))
+    with pytest.raises(ValueError, match="one entry of log_presence"):
+        machine.run(x, state=replace(state, log_presence=None))
     with pytest.raises(ValueError, match="must ascend"):
         machine.run(x, state=replace(state, slots=state.slots.flip(0)))
