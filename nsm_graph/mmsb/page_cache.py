@@ -238,9 +238,7 @@ class Inputs:
         """Whether one was edited in place since: what it held before is lost."""
         return self._seen != [written(tensor) for tensor in self._tensors]
 
-    def are_those_of(
-        self, shadow_graph: ShadowGraph, attributes: dict[str, Tensor] | None
-    ) -> bool:
+    def are_those_of(self, shadow_graph: ShadowGraph, attributes: dict[str, Tensor] | None) -> bool:
         """Whether these are the same objects."""
         mine, other = self.attributes, attributes or {}
         return (

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nsm_graph import Relation, topology
-from nsm_graph.mmsb import Propagation
+from nsm_graph.mmsb import PageEmbedding, Propagation, TokenPropagation, from_mask
 from nsm_graph.testing import assert_close_to_norm
 
 X = torch.randn(8, 8, dtype=torch.double)
@@ -116,3 +116,32 @@ def test_a_cache_that_is_none_is_refused():
     stack = make(topology.causal())
     with pytest.raises(ValueError, match="cache must be a PropagationCache"):
         stack.update(X, [], cache=stack.run(X, cache=True))
+
+
+def test_the_embedding_belongs_to_what_was_kept():
+    embedding = PageEmbedding(9, 8, 8, dropout=0.1)
+    model = TokenPropagation(embedding.double(), make(topology.causal())).eval()
+    tokens = torch.tensor([3, 1, 4])
+    model.run(tokens, cache=True)
+    torch.nn.init.ones_(embedding.word.weight)
+    with pytest.raises(ValueError, match="the embedding's weights are not those"):
+        model.append(tokens)
+    model.train()
+    for call in (model.append, lambda tokens: model.run(tokens, cache=True)):
+        with pytest.raises(ValueError, match="its dropout is active"):
+            call(tokens)
+
+
+def test_an_example_without_pages_has_nothing_to_pool():
+    model = TokenPropagation(PageEmbedding(9, 8, 8), make(), torch.nn.Linear(8, 8)).double()
+    with pytest.raises(ValueError, match=r"these have none: \[1\]"):
+        model.pool(X[:3], torch.tensor([0, 0, 2]))
+
+
+def test_masks_that_are_none_are_refused():
+    stack = make(topology.causal())
+    stack.run(X, cache=True)
+    with pytest.raises(ValueError, match=r"row indices or a mask.*torch.uint8"):
+        stack.update(X, torch.ones(8, dtype=torch.uint8))
+    with pytest.raises(ValueError, match=r"from_mask got \+inf"):
+        from_mask(torch.full((2, 2), torch.inf))
