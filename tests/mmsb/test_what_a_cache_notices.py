@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.nn.utils import prune
 
 from nsm_graph import Relation, topology
 from nsm_graph.mmsb import PageEmbedding, Propagation, TokenPropagation, from_mask
@@ -70,15 +71,13 @@ CHANGES = {
     "final_norm": lambda s: setattr(s, "final_norm", torch.nn.LayerNorm(8).double()),
     "pass": lambda s: s.passes.append(s.passes[0]),
     "bias": lambda s: setattr(s.passes[0].lin_in, "bias", torch.nn.Parameter(torch.ones(32))),
-    "pruned": lambda s: torch.nn.utils.prune.random_unstructured(s.passes[0].lin_in, "weight", 0.5),
+    "pruned": lambda s: prune.random_unstructured(s.passes[0].lin_in, "weight", 0.5),
     "trained": train_with_uncounted_writes,
 }
 
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_other_parts_and_settings_are_noticed(change):
-    import torch.nn.utils.prune  # not imported with torch
-
     stack = make(topology.causal(), bias=False)
     stack.run(X, cache=True)
     CHANGES[change](stack)
