@@ -83,7 +83,7 @@ def _from_indices(changed: Tensor, num_pages: int) -> RowSet:
         return RowSet.where(changed)
     if changed.numel() == 0:
         return RowSet(0, 0)
-    if changed.dim() != 1 or not holds_integers(changed):
+    if changed.dim() != 1 or not holds_integers(changed) or changed.dtype == torch.uint8:
         raise ValueError(
             f"changed must hold row indices or a mask, but has shape {tuple(changed.shape)} and "
             f"dtype {changed.dtype}"

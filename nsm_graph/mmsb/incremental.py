@@ -18,7 +18,7 @@ from nsm_graph.mmsb.neighbourhood import (
     neighbourhood_of,
     range_neighbourhood,
 )
-from nsm_graph.mmsb.page_cache import PageBuffers, PropagationCache, Stamp
+from nsm_graph.mmsb.page_cache import Inputs, PageBuffers, PropagationCache, Stamp
 from nsm_graph.mmsb.row_set import RowSet
 from nsm_graph.mmsb.shadow_graph import (
     ShadowGraph,
@@ -63,7 +63,10 @@ class Keeper:
         )
         stamp = Stamp(stack, graph)
         self.setting = setting
-        self.cache = PropagationCache(buffers, examples, graph, attributes, [], stamp)
+        if stamp.has_hooks:
+            raise ValueError(_HOOKS)
+        inputs = Inputs(graph, attributes)
+        self.cache = PropagationCache(buffers, examples, inputs, [], stamp)
         buffers.snapshots[0].copy_(pages.detach())
 
     def add(
@@ -89,10 +92,16 @@ class Keeper:
 
     def finish(self, final: Tensor) -> PropagationCache:
         self.cache.buffers.final.copy_(final.detach())
+        self.cache.is_finite = final.detach().isfinite().all()
         return self.cache
 
 
 # Checks ############################################################################
+
+_HOOKS = (
+    "updates read the weights of router.lin_qkv and would not call its forward hooks; remove them, "
+    "or use run without a cache"
+)
 
 
 def check_still(stack: Propagation) -> None:
@@ -101,6 +110,12 @@ def check_still(stack: Propagation) -> None:
         raise ValueError(
             "updates need passes that give the same again, but dropout is active; call eval() first"
         )
+    device_type = stack.passes[0].norm_route.weight.device.type
+    if torch.is_autocast_enabled(device_type):
+        raise ValueError(
+            "a cache and updates of it keep the pages' own type, but autocast is active; leave it, "
+            "or call the stack's to(torch.bfloat16)"
+        )
 
 
 def cache_of(stack: Propagation, cache: PropagationCache | None) -> PropagationCache:
@@ -108,6 +123,11 @@ def cache_of(stack: Propagation, cache: PropagationCache | None) -> PropagationC
     check_still(stack)
     if cache is None:
         raise ValueError("nothing was kept yet; call run(pages, cache=True) first")
+    if not isinstance(cache, PropagationCache):
+        raise ValueError(
+            f"cache must be a PropagationCache, but is {type(cache).__name__}; a run's is "
+            f"run(pages, cache=True).cache"
+        )
     if not cache.stamp.is_of(stack):
         raise ValueError("the cache was made by another stack; call run(pages, cache=True) of this")
     if not cache.is_whole:
@@ -115,8 +135,10 @@ def cache_of(stack: Propagation, cache: PropagationCache | None) -> PropagationC
     if not cache.stamp.is_current():
         raise ValueError(
             "the stack's weights or shadow graph are not those that the cache was made with; call "
-            "run(pages, cache=True) again after every change of them"
+            "run(pages, cache=True) again after every change of them, and after training"
         )
+    if cache.stamp.has_hooks:
+        raise ValueError(_HOOKS)
     return cache
 
 
@@ -221,7 +243,8 @@ def _fixed_neighbourhood(
     graph = setting.shadow_graph
     if not is_fixed(graph):
         return None
-    is_same = graph is cache.shadow_graph and setting.attributes is cache.attributes
+    inputs = cache.inputs
+    is_same = inputs.are_those_of(graph, setting.attributes) and not inputs.is_written()
     if is_same and setting.examples is cache.examples:
         return cache.neighbourhoods[0]
     by_range = range_neighbourhood(graph, 0, setting.examples)
@@ -241,6 +264,9 @@ def _apply(
     """Writes the changed rows ``[R, C]`` of P_0 and computes what depends on them."""
     graph = setting.shadow_graph
     stamp = cache.stamp if graph is cache.shadow_graph else Stamp(stack, graph)
+    # What was edited in place, or carried along edges that are not there, has left no trace.
+    is_whole = cache.inputs.is_written() or not bool(cache.is_finite)
+    inputs = Inputs(graph, setting.attributes)
     cache.is_whole = False
     with torch.no_grad():
         if new_to_old is not None:
@@ -248,7 +274,10 @@ def _apply(
         if num_appended > 0:
             cache.buffers.extend(num_appended)
         rows.put(cache.buffers.snapshots[0], pages)
-        steps = Steps(stack, cache, setting, fixed, num_appended, new_to_old)
+        steps = Steps(stack, cache, setting, fixed, num_appended, new_to_old, is_whole)
         neighbourhoods = steps.run(rows)
-    cache.examples, cache.shadow_graph, cache.attributes = setting
+        # The rest was finite; of a whole that is not, more rows than those may be none.
+        made = cache.buffers.final if is_whole else steps.last.take(cache.buffers.final)
+        cache.is_finite = made.isfinite().all()
+    cache.examples, cache.inputs = setting.examples, inputs
     cache.neighbourhoods, cache.stamp, cache.is_whole = neighbourhoods, stamp, True

@@ -54,6 +54,8 @@ def from_mask(mask: Tensor) -> Topology:
             f"from_mask got NaN in {int(is_nan.sum())} places, the first at "
             f"{is_nan.nonzero()[0].tolist()}"
         )
+    if bool((mask == torch.inf).any()):
+        raise ValueError("from_mask got +inf, after which no weight is a number; use -inf for not")
     is_edge = mask != -torch.inf
     if mask.dim() == 3:
         return _biased(is_edge.any(0), mask)

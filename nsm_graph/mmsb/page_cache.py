@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from nsm_graph.mmsb.neighbourhood import Neighbourhood
+from nsm_graph.mmsb.router import DeltaRouter
 from nsm_graph.mmsb.shadow_graph import ShadowGraph
 from nsm_graph.partition import Partition
+from nsm_graph.relation import Relation
 from nsm_graph.topology import Topology
 
 
@@ -109,11 +111,23 @@ class PropagationCache:
 
     buffers: PageBuffers
     examples: Partition
-    shadow_graph: ShadowGraph
-    attributes: dict[str, Tensor] | None
+    inputs: Inputs
     neighbourhoods: list[Neighbourhood]
     stamp: Stamp
     is_whole: bool = field(default=True)  #: False while, and after, an update was cut short
+    #: Of what made the pages of tokens; None where the stack was given pages
+    embedding: Stamp | None = None
+    #: Whether all numbers are finite, ``[]``; None for not asked yet. A dense operation carries NaN
+    #: along edges that are not there, so that a part would not equal the whole
+    is_finite: Tensor | None = None
+
+    @property
+    def shadow_graph(self) -> ShadowGraph:
+        return self.inputs.shadow_graph
+
+    @property
+    def attributes(self) -> dict[str, Tensor]:
+        return self.inputs.attributes
 
     @property
     def num_pages(self) -> int:
@@ -145,47 +159,95 @@ class PropagationCache:
         )
 
 
-class Stamp:
-    """Tells whether weights changed: where each lies, and how often it was written in place.
+#: What a stack, a pass, a router and a normalisation compute with, besides tensors. A stack's own
+#: shadow graph is among its modules, or one of these.
+_SETTINGS = ("activation", "norm_first", "eps", "heads", "_num_trainings")
 
-    What holds them is looked up once. A stack walks through its modules for longer than a small
+
+class Stamp:
+    """Tells whether a module changed: its parts, its settings, and the numbers in its tensors.
+
+    Of a tensor it knows where it lies and how often it was written in place. Writes that torch does
+    not count (``parameter.data``, fused optimizers) are not seen; a stack that was put in training
+    mode since counts as changed, whatever was done there.
+
+    What holds all that is looked up once. A stack walks through its modules for longer than a small
     pass takes.
     """
 
-    def __init__(self, stack: nn.Module, shadow_graph: ShadowGraph) -> None:
-        self._stack = ref(stack)
-        roots = [stack, shadow_graph] if isinstance(shadow_graph, Topology) else [stack]
-        self._modules = [
-            (names, name, module)
-            for root in roots
-            for owner in root.modules()
-            for names in (owner._modules,)
-            for name, module in names.items()
+    def __init__(self, module: nn.Module, shadow_graph: ShadowGraph | None = None) -> None:
+        self._module = ref(module)
+        owners = list(module.modules())
+        self._settings = [
+            (vars(owner), name) for owner in owners for name in _SETTINGS if name in vars(owner)
         ]
-        self._tensors = [
-            (names, name)
-            for root in roots
-            for owner in root.modules()
-            for names in (owner._parameters, owner._buffers)
-            for name, tensor in names.items()
-            if tensor is not None
+        if isinstance(shadow_graph, Topology):
+            owners += shadow_graph.modules()
+        self._parts = [(owner._modules, dict(owner._modules)) for owner in owners]
+        self._tensors = [names for owner in owners for names in (owner._parameters, owner._buffers)]
+        #: Of projections whose weights updates read: their hooks would not be called.
+        self._hooks = [
+            hooks
+            for owner in owners
+            if isinstance(owner, DeltaRouter)
+            for hooks in (owner.lin_qkv._forward_hooks, owner.lin_qkv._forward_pre_hooks)
         ]
+        self._graph = vars(module).get("shadow_graph")
         self._seen = self._look()
 
-    def is_of(self, stack: nn.Module) -> bool:
-        """Whether it was made of this stack."""
-        return self._stack() is stack
+    @property
+    def has_hooks(self) -> bool:
+        """Whether something is called in a run that updates leave out."""
+        return any(self._hooks)
 
-    def _look(self) -> list[tuple[int, int]]:
-        tensors = (names[name] for names, name in self._tensors)
-        return [
-            (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
-            for tensor in tensors
-        ]
+    def is_of(self, module: nn.Module) -> bool:
+        """Whether it was made of this one."""
+        return self._module() is module
+
+    def _look(self) -> list[object]:
+        seen: list[object] = [values.get(name) for values, name in self._settings]
+        for names in self._tensors:
+            for name, tensor in names.items():
+                seen.append((name, None if tensor is None else written(tensor)))
+        return seen
 
     def is_current(self) -> bool:
         """Whether all is as it was."""
+        module = self._module()
         return (
-            all(names.get(name) is module for names, name, module in self._modules)
+            module is not None
+            and vars(module).get("shadow_graph") is self._graph
+            and all(now == then for now, then in self._parts)
             and self._look() == self._seen
         )
+
+
+class Inputs:
+    """The tensors that edges follow from besides the pages, as they were at a run or an update."""
+
+    def __init__(self, shadow_graph: ShadowGraph, attributes: dict[str, Tensor] | None) -> None:
+        self.shadow_graph, self.attributes = shadow_graph, dict(attributes or {})
+        self._tensors = list(self.attributes.values())
+        if isinstance(shadow_graph, Tensor):
+            self._tensors.append(shadow_graph)
+        elif isinstance(shadow_graph, Relation) and shadow_graph.bias is not None:
+            self._tensors.append(shadow_graph.bias)
+        self._seen = [written(tensor) for tensor in self._tensors]
+
+    def is_written(self) -> bool:
+        """Whether one was edited in place since: what it held before is lost."""
+        return self._seen != [written(tensor) for tensor in self._tensors]
+
+    def are_those_of(self, shadow_graph: ShadowGraph, attributes: dict[str, Tensor] | None) -> bool:
+        """Whether these are the same objects."""
+        mine, other = self.attributes, attributes or {}
+        return (
+            shadow_graph is self.shadow_graph
+            and mine.keys() == other.keys()
+            and all(mine[name] is other[name] for name in mine)
+        )
+
+
+def written(tensor: Tensor) -> tuple[int, int]:
+    """Where a tensor lies, and how often it was written in place, as far as torch counts."""
+    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version

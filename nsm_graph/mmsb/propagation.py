@@ -123,8 +123,22 @@ class Propagation(nn.Module):
             for _ in range(num_passes)
         )
         self.final_norm = nn.LayerNorm(channels, eps, bias=bias) if final_norm else None
-        self.shadow_graph = shadow_graph
+        self.shadow_graph: ShadowGraph = shadow_graph
         self._cache: PropagationCache | None = None
+        self._num_trainings = 0
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "shadow_graph":
+            check_shadow_graph(value)
+            # A rule is a module, an edge_index is none; torch lets neither take the other's place.
+            self._modules.pop(name, None)
+        super().__setattr__(name, value)
+
+    def train(self, mode: bool = True) -> Propagation:
+        """Training mode; what was kept of a run ends there, since weights are to change."""
+        self._num_trainings += bool(mode)
+        super().train(mode)
+        return self
 
     @property
     def num_passes(self) -> int:
@@ -172,6 +186,9 @@ class Propagation(nn.Module):
         cache: bool = False,
     ) -> PropagationOutput:
         r"""Everything: the final state, the snapshots P_0 ... P_L, and what updates need.
+
+        What is kept ends with the weights it was made with: after a training step it has to be
+        made again. See :meth:`update` for what is noticed.
 
         Args:
             pages: As in :meth:`forward`.
@@ -238,8 +255,16 @@ class Propagation(nn.Module):
             cache: Of an earlier run; ``None`` for the last. (default: :obj:`None`)
 
         Raises:
-            ValueError: If nothing was kept, the weights changed since, dropout is active, the pages
-                require gradients, or rows, edit and shadow graph do not fit.
+            ValueError: If nothing was kept, the weights changed since, dropout or autocast is
+                active, the pages require gradients, or rows, edit and shadow graph do not fit.
+
+        Note:
+            Noticed are: weights exchanged or written in place as far as torch counts it
+            (``tensor._version``), parts and settings exchanged, another shadow graph of the stack,
+            and that the stack was in training mode since. Attributes, an ``edge_index`` and a
+            relation's bias may be edited in place: all is then computed again. **Not** noticed are
+            fused optimizers and ``parameter.data`` where the stack stays in evaluation mode: after
+            a training step call ``run(pages, cache=True)`` again.
 
         Example:
             >>> import torch

@@ -45,16 +45,19 @@ class Steps:
         fixed: Neighbourhood | None,
         num_appended: int,
         new_to_old: Tensor | None,
+        is_whole: bool = False,
     ) -> None:
+        self.is_whole = is_whole  #: compute every page, as a run does
         self.stack, self.cache, self.setting, self.fixed = stack, cache, setting, fixed
         self.buffers = cache.buffers
         self.num_appended, self.new_to_old = num_appended, new_to_old
+        self.last = RowSet(0, 0)  #: the final pages that were computed
         # The last edges that were asked for: in a stream every pass asks for the same.
         self._incoming: tuple[Neighbourhood, RowSet, list[Incoming]] | None = None
 
     def run(self, rows: RowSet) -> list[Neighbourhood]:
         """From rows of P_0 that differ; returns who hears whom in every pass."""
-        neighbourhoods = []
+        neighbourhoods: list[Neighbourhood] = []
         for step, refine in enumerate(self.stack.passes):
             neighbourhood, reached = self._reach(step, rows)
             neighbourhoods.append(neighbourhood)
@@ -64,6 +67,7 @@ class Steps:
         if self.stack.final_norm is not None and rows.count > 0:
             last = rows.take(self.buffers.snapshots[-1])
             rows.put(self.buffers.final, self.stack.final_norm(last))
+        self.last = rows
         return neighbourhoods
 
     def _reach(self, step: int, rows: RowSet) -> tuple[Neighbourhood, RowSet]:
@@ -73,6 +77,8 @@ class Steps:
         if new is None:
             new = neighbourhood_of(self.setting.shadow_graph, self.setting.ask(before, step))
         num_pages, device = before.size(0), before.device
+        if self.is_whole:
+            return new, RowSet(0, num_pages)
         reached = new.reached_by(rows)
         if not is_same_rule(new, old) or self.new_to_old is not None:
             new_to_old = self.new_to_old

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nsm_graph.mmsb.page_cache import PropagationCache
+from nsm_graph.mmsb.page_cache import PropagationCache, Stamp
 from nsm_graph.mmsb.propagation import Propagation, PropagationOutput
 from nsm_graph.mmsb.shadow_graph import ShadowGraph, partition_of
 from nsm_graph.partition import Partition, holds_integers
@@ -143,8 +143,20 @@ class TokenPropagation(nn.Module):
     ) -> PropagationOutput:
         """Everything; see :meth:`Propagation.run`."""
         examples = partition_of(batch, tokens)
+        if cache:
+            self._check_still()
         pages = self.embedding(tokens, examples.place, token_types)
-        return self.stack.run(pages, examples, shadow_graph=shadow_graph, cache=cache)
+        out = self.stack.run(pages, examples, shadow_graph=shadow_graph, cache=cache)
+        if out.cache is not None:
+            out.cache.embedding = Stamp(self.embedding)
+        return out
+
+    def _check_still(self) -> None:
+        if self.embedding.training and self.embedding.dropout > 0:
+            raise ValueError(
+                "updates need an embedding that gives the same again, but its dropout is active; "
+                "call eval() first"
+            )
 
     def append(
         self,
@@ -154,7 +166,14 @@ class TokenPropagation(nn.Module):
         cache: PropagationCache | None = None,
     ) -> Tensor:
         """The final state of tokens behind the last one; see :meth:`Propagation.append`."""
+        self._check_still()
         kept = self.stack.cache if cache is None else cache
+        made_by = None if kept is None else kept.embedding
+        if made_by is not None and not (made_by.is_of(self.embedding) and made_by.is_current()):
+            raise ValueError(
+                "the embedding's weights are not those that the cache was made with; call "
+                "run(tokens, cache=True) again after every change of them"
+            )
         num_pages = 0 if kept is None else kept.num_pages
         place = torch.arange(num_pages, num_pages + tokens.size(0), device=tokens.device)
         with torch.no_grad():
@@ -165,7 +184,13 @@ class TokenPropagation(nn.Module):
         r"""One vector per example, ``[B, C]``: :math:`\tanh(W p + b)` of its first page."""
         if self.pooler is None:
             raise ValueError("the model has no pooler; read the pages")
-        first = partition_of(batch, pages).ptr[:-1]
+        ptr = partition_of(batch, pages).ptr
+        first, is_empty = ptr[:-1], ptr[1:] == ptr[:-1]
+        if bool(is_empty.any()):
+            raise ValueError(
+                f"pool reads the first page of every example, but these have none: "
+                f"{is_empty.nonzero().flatten().tolist()}; leave them out"
+            )
         return self.pooler(pages[first]).tanh()
 
 
