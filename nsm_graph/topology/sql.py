@@ -6,12 +6,14 @@ import functools
 import json
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nsm_graph.relation import Relation
+from nsm_graph.partition import Partition
+from nsm_graph.relation import Relation, lasting
 from nsm_graph.topology.base import Topology, check_examples
 from nsm_graph.topology.node_set import NodeSet
 from nsm_graph.topology.node_table import NodeTable, fingerprint, quoted, tables_of
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 
 #: Words that SQL takes for a call although they have no parentheses.
 _CLOCKS = {"current_date", "current_time", "current_timestamp", "localtime", "localtimestamp"}
+#: Functions whose text, or whose clock, the other checks would not see.
+_HIDES = {"query", "query_table", "current_localtime", "current_localtimestamp"}
 
 
 def sql(query: str, *, is_dynamic: bool = False, kinds: Sequence[str] | None = None) -> SQL:
@@ -91,7 +95,7 @@ class SQL(Topology):
         self.query, self.is_dynamic = query, is_dynamic
         self.kinds = None if kinds is None else tuple(kinds)
         self._memo = Memo()
-        self._checked: str | None = None
+        self._checked: tuple[str, str] | None = None
 
     def forward(self, sources: NodeSet, targets: NodeSet | None = None) -> Relation:
         targets = sources if targets is None else targets
@@ -104,7 +108,9 @@ class SQL(Topology):
             return Relation.from_rows(nothing, 0, size, sources.nodes, targets.nodes)
         if self.is_dynamic:
             return self._ask(sets)
-        return self._memo.get((fingerprint(sets), device), lambda: self._ask(sets))
+        known = tuple(_lasting(nodes) for nodes in sets)
+        key = (self.query, self.kinds, fingerprint(known), device)
+        return self._memo.get(key, lambda: self._ask(known))
 
     def _ask(self, sets: tuple[NodeSet, ...]) -> Relation:
         tables = tables_of(self, sets, self.kinds, self.is_dynamic)
@@ -126,8 +132,8 @@ class SQL(Topology):
 
     def _statement(self, connection: DuckDBPyConnection) -> str:
         """The query, if it is one statement that only reads and says the same every time."""
-        if self._checked is not None:
-            return self._checked
+        if self._checked is not None and self._checked[0] == self.query:
+            return self._checked[1]
         statements = connection.extract_statements(self.query)
         kinds = [statement.type.name for statement in statements]
         if kinds != ["SELECT"]:
@@ -136,14 +142,22 @@ class SQL(Topology):
                 f"{self!r} must be one SELECT, which changes nothing, but {got}; the query:\n"
                 f"{self.query}"
             )
-        refused = sorted(_chances(connection, statements[0].query))
+        tree = _parsed(connection, statements[0].query)
+        writes = {kind for part in _parts(tree) if (kind := _writes(part)) is not None}
+        if tree.get("error") or writes:
+            got = f"holds {', '.join(sorted(writes)) or tree.get('error_message')}"
+            raise ValueError(
+                f"{self!r} must be one SELECT, which changes nothing, but {got}; the query:\n"
+                f"{self.query}"
+            )
+        refused = sorted(_chances(tree))
         if refused:
             raise ValueError(
                 f"{self!r} uses {', '.join(refused)}, which is not the same every time; take "
                 f"hash(...) of ids and a seed, or topology.random() for edges drawn anew"
             )
-        self._checked = statements[0].query
-        return self._checked
+        self._checked = self.query, statements[0].query
+        return self._checked[1]
 
     def _help(self, sets: tuple[NodeSet, ...], tables: list[NodeTable]) -> str:
         columns = ", ".join(dict.fromkeys(name for table in tables for name in table.columns))
@@ -193,6 +207,14 @@ def _database(process: int) -> DuckDBPyConnection:
     return duckdb.connect(":memory:", config=options)
 
 
+def _lasting(nodes: NodeSet) -> NodeSet:
+    """The same nodes, where what they lead to is remembered beyond an inference mode."""
+    if not nodes.ptr.is_inference():
+        return nodes
+    with lasting():
+        return replace(nodes, nodes=Partition.from_ptr(nodes.ptr.clone()))
+
+
 def _create(connection: DuckDBPyConnection, tables: list[NodeTable]) -> None:
     """Makes the tables ``nodes``, ``sources`` and ``targets``."""
     names = ["nodes"] if len(tables) == 1 else ["sources", "targets"]
@@ -217,14 +239,27 @@ def _create(connection: DuckDBPyConnection, tables: list[NodeTable]) -> None:
 # What is not the same every time #####################################################
 
 
-def _chances(connection: DuckDBPyConnection, statement: str) -> set[str]:
-    """Functions, clocks and samples in a statement that may differ from run to run."""
+def _parsed(connection: DuckDBPyConnection, statement: str) -> dict:
+    """The statement as DuckDB takes it apart."""
     parsed = connection.execute("SELECT json_serialize_sql($1::VARCHAR)", [statement]).fetchall()
+    return json.loads(parsed[0][0])
+
+
+def _writes(part: dict) -> str | None:
+    """What a part of a statement does beside reading, such as DELETE in a CTE."""
+    kind = str(part.get("type", ""))
+    return kind.removesuffix("_QUERY_NODE") if kind.endswith("_QUERY_NODE") else None
+
+
+def _chances(tree: dict) -> set[str]:
+    """Functions, clocks and samples in a statement that may differ from run to run."""
     found = set()
-    for part in _parts(json.loads(parsed[0][0])):
+    for part in _parts(tree):
         function = str(part.get("function_name", "")).lower()
         column = part.get("column_names") or [""]
-        if function in _unstable_functions():
+        arguments = part.get("arguments", part.get("children", ()))
+        is_age = function == "age" and len(arguments) == 1  # until now
+        if function in _unstable_functions() or function in _HIDES or is_age:
             found.add(f"{function}()")
         if len(column) == 1 and str(column[0]).lower() in _CLOCKS:
             found.add(str(column[0]))

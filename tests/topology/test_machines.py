@@ -111,3 +111,34 @@ def test_a_sparse_rule_is_the_masked_complete_one():
         scores = (query @ key.mT / 2).masked_fill(mask, -torch.inf)
         heard = (scores.softmax(-1) @ value).transpose(0, 1).reshape(6, 8)
         assert_close(layer(x, relation), layer.norm(x + layer.lin_out(heard)))
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        topology.window(3),
+        topology.ring(1),
+        topology.ring(1) | topology.star(1),
+        topology.band(1).biased(topology.DistanceBias(2, 4)),
+        topology.complete(),
+    ],
+    ids=repr,
+)
+def test_evaluation_in_inference_mode_leaves_training_alone(rule):
+    machine = nsm.NeuralStateMachine(3, 8, 4, 2, segment_length=4, heads=2, communication=rule)
+    x = torch.randn(9, 3)
+    with torch.inference_mode():
+        machine(x)
+    machine(x).sum().backward()
+    relation = rule(topology.NodeSet.from_counts([5, 4]))
+    with torch.inference_mode():  # lists that are made when they are first asked for
+        assert relation.csr.ptr.numel() == relation.csc.ptr.numel() == 10
+    value = torch.randn(9, 2, 4, requires_grad=True)
+    nsm.ops.edge_attention(value, value, value, relation, backend="sparse").sum().backward()
+
+
+def test_edges_that_were_written_into_are_worked_out_again():
+    rule, nodes = topology.window(1), topology.NodeSet.from_counts([4])
+    expected = rule(nodes).edge_index.clone()
+    rule(nodes).edge_index.add_(1)
+    assert torch.equal(rule(nodes).edge_index, expected)
