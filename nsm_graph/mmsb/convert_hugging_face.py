@@ -5,15 +5,17 @@ Modules are known by their class names and parts; the library itself is not impo
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import deepcopy
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from nsm_graph.mmsb.as_built import check_activation, check_as_built
 from nsm_graph.mmsb.convert_torch import copy_norm
 from nsm_graph.mmsb.propagation import Propagation
-from nsm_graph.mmsb.propagation_pass import PropagationPass
+from nsm_graph.mmsb.propagation_pass import ACTIVATIONS, PropagationPass
 from nsm_graph.mmsb.shadow_graph import ShadowGraph
 from nsm_graph.mmsb.token_propagation import PageEmbedding, TokenPropagation
 from nsm_graph.topology import causal, complete
@@ -58,6 +60,7 @@ def from_hugging_face(
         raise ValueError(f"from_hugging_face reads BertModel and GPT2Model, but got {name}{hint}")
     if getattr(model.config, "add_cross_attention", False):
         raise ValueError(f"{name} has cross-attention (add_cross_attention), which passes have not")
+    check_as_built(model, "transformers.")
     with torch.no_grad():
         tokens = readers[name](model, shadow_graph)
     return tokens.train(model.training)
@@ -79,9 +82,20 @@ class Layer(NamedTuple):
 
 def _read_bert(model: nn.Module, shadow_graph: ShadowGraph | None) -> TokenPropagation:
     config, theirs = model.config, model.embeddings
+    places = theirs.position_ids.flatten()
+    if not torch.equal(places, torch.arange(places.numel(), device=places.device)):
+        raise ValueError("embeddings.position_ids must count from 0, but were changed")
     kind = getattr(config, "position_embedding_type", None)
     if kind not in (None, "absolute"):
         raise ValueError(f"BertModel has position_embedding_type={kind!r}, but only 'absolute' is")
+    for i, layer in enumerate(model.encoder.layer):
+        _check_parts(layer, ("BertLayer",), f"encoder.layer.{i}")
+        _check_parts(
+            layer.attention.self, ("BertSelfAttention", "BertSdpaSelfAttention"),
+            f"encoder.layer.{i}.attention.self",
+        )  # fmt: skip
+        act = layer.intermediate.intermediate_act_fn
+        _check_activation(act, config.hidden_act, f"encoder.layer.{i}.intermediate")
     layers = [
         _bert_layer(layer, f"encoder.layer.{i}") for i, layer in enumerate(model.encoder.layer)
     ]
@@ -130,6 +144,11 @@ def _bert_layer(layer: nn.Module, path: str) -> Layer:
 
 def _read_gpt2(model: nn.Module, shadow_graph: ShadowGraph | None) -> TokenPropagation:
     config = model.config
+    for i, block in enumerate(model.h):
+        _check_parts(block, ("GPT2Block",), f"h.{i}")
+        _check_parts(block.attn, ("GPT2Attention",), f"h.{i}.attn")
+        _check_parts(block.mlp, ("GPT2MLP",), f"h.{i}.mlp")
+        _check_activation(block.mlp.act, config.activation_function, f"h.{i}.mlp.act")
     layers = [_gpt2_layer(block, f"h.{i}") for i, block in enumerate(model.h)]
     stack = _stack(
         layers,
@@ -163,6 +182,20 @@ def _gpt2_layer(block: nn.Module, path: str) -> Layer:
 
 
 # What both share ###################################################################
+
+
+def _check_parts(part: nn.Module, classes: tuple[str, ...], path: str) -> None:
+    if type(part).__name__ not in classes:
+        raise ValueError(
+            f"{path} must be a {' or '.join(classes)}, but is a {type(part).__name__}; was it "
+            f"exchanged?"
+        )
+
+
+def _check_activation(theirs: Callable[[Tensor], Tensor], name: object, path: str) -> None:
+    """What the config names is read; it must be what the layer has."""
+    if isinstance(name, str) and name in _ACTIVATIONS:
+        check_activation(theirs, ACTIVATIONS[_ACTIVATIONS[name]], path, name)
 
 
 def _stack(layers: list[Layer], **options: Any) -> Propagation:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nsm_graph.mmsb.as_built import check_as_built
 from nsm_graph.mmsb.masks import from_mask
 from nsm_graph.mmsb.shadow_graph import ShadowGraph
 from nsm_graph.topology import causal
@@ -80,10 +81,14 @@ def read_layer(
     return refine
 
 
+#: What an encoder layer is made of, beside norms and activation.
+_PARTS = {"self_attn": nn.MultiheadAttention, "linear": nn.Linear, "dropout": nn.Dropout}
+
+
 def _layers_of(encoder: nn.Module) -> tuple[list[nn.Module], nn.LayerNorm | None]:
     if isinstance(encoder, nn.TransformerEncoderLayer):
         return [encoder], None
-    if not isinstance(encoder, nn.TransformerEncoder):
+    if type(encoder) is not nn.TransformerEncoder:
         raise ValueError(
             f"from_torch reads torch.nn.TransformerEncoder and TransformerEncoderLayer, but got "
             f"{type(encoder).__name__}"
@@ -118,6 +123,14 @@ def _options_of(layer: nn.Module, number: int) -> dict[str, Any]:
             f"layer {number} must be a torch.nn.TransformerEncoderLayer, but is "
             f"{type(layer).__name__}, which may compute something else"
         )
+    check_as_built(layer, "torch.nn.", except_for="activation")
+    for name in ("self_attn", "linear1", "linear2", "dropout", "dropout1", "dropout2"):
+        kind = _PARTS[name.rstrip("12")]
+        if type(getattr(layer, name)) is not kind:
+            raise ValueError(
+                f"{name} of layer {number} must be a torch.nn.{kind.__name__}, but is "
+                f"{getattr(layer, name)}; was it exchanged?"
+            )
     attention, has_bias = layer.self_attn, layer.linear1.bias is not None
     norms = layer.norm1, layer.norm2
     for norm in norms:
