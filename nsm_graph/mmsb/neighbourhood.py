@@ -136,7 +136,7 @@ class RangeNeighbourhood:
     def into(self, rows: RowSet) -> list[Incoming]:
         if self.examples.num_examples == 1 and rows.index is None:
             return self._into_neighbours(rows, 0)
-        return [self._into_any(rows)]
+        return self._into_each(rows) or [self._into_any(rows)]
 
     def ranges(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """First source of each page, and the one behind its last."""
@@ -178,6 +178,30 @@ class RangeNeighbourhood:
                 )
             ]
         return [Incoming(_masked_block(first, end, sources, targets), *where)]
+
+    def _into_each(self, rows: RowSet) -> list[Incoming]:
+        """Example by example, where that is little to do at a time: neighbours in each, many pairs.
+
+        Empty where another way is better.
+        """
+        page, ptr = rows.rows(self.examples.ptr.device), self.examples.ptr
+        ends, starts = torch.searchsorted(page, ptr).tolist(), ptr.tolist()
+        touched = [b for b in range(len(starts) - 1) if ends[b] < ends[b + 1]]
+        sizes = [(ends[b + 1] - ends[b]) * (starts[b + 1] - starts[b]) for b in touched]
+        if sum(sizes) <= MAX_MASKED_PAIRS:
+            return []
+        parts: list[Incoming] = []
+        for b in touched:
+            first, last = int(page[ends[b]]), int(page[ends[b + 1] - 1])
+            if last - first + 1 != ends[b + 1] - ends[b]:
+                return []
+            alone = Partition.uniform(1, starts[b + 1] - starts[b], ptr.device)
+            own = RangeNeighbourhood(alone, self.before, self.after)
+            inside = RowSet(first - starts[b], last + 1 - starts[b])
+            for part in own._into_neighbours(inside, ends[b]):
+                moved = slice(part.sources.start + starts[b], part.sources.stop + starts[b])
+                parts.append(part._replace(sources=moved))
+        return parts
 
     def _into_any(self, rows: RowSet) -> Incoming:
         page = rows.rows(self.examples.ptr.device)

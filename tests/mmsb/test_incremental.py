@@ -541,3 +541,15 @@ def test_copies_of_a_cache_do_not_share():
     stack = make(topology.causal(), torch.float32)
     stack.run(X, cache=True)
     assert pickle.loads(pickle.dumps(stack)).cache is None
+
+
+@pytest.mark.parametrize("rule", [topology.causal(), topology.band(700)], ids=repr)
+def test_long_ranges_in_several_examples_go_one_by_one(rule):
+    stack = Propagation(4, 2, 2, shadow_graph=rule).eval()
+    counts = torch.tensor([1500, 3, 1300])
+    batch = torch.arange(3).repeat_interleave(counts)
+    pages = torch.randn(int(counts.sum()), 4)
+    stack.run(pages, batch, cache=True)
+    changed = [700, 1501, 2400]
+    pages[changed] = torch.randn(3, 4)
+    assert_close_to_norm(stack.update(pages, changed), stack(pages, batch), 1e-6)
