@@ -10,6 +10,7 @@ which example, as in PyG.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 
 import torch
@@ -282,7 +283,8 @@ class Relation:
     def edge_index(self) -> Tensor:
         """``[2, E]``, int64, in the relation's own order."""
         if self._edge_index is None:
-            self._edge_index = self._list_edges()
+            with lasting():
+                self._edge_index = self._list_edges()
         return self._edge_index
 
     def _list_edges(self) -> Tensor:
@@ -298,10 +300,11 @@ class Relation:
         """Edges grouped by target; ``index`` holds their sources."""
         if self._csr is None:
             src, dst = self.edge_index
-            if self.is_complete or self.is_causal:  # stands by target already
-                self._csr = compress_rows(src, self.in_degree, self.size)
-            else:
-                self._csr = compress(dst, src, self.num_dst, self.num_src)
+            with lasting():
+                if self.is_complete or self.is_causal:  # stands by target already
+                    self._csr = compress_rows(src, self.in_degree, self.size)
+                else:
+                    self._csr = compress(dst, src, self.num_dst, self.num_src)
         return self._csr
 
     @property
@@ -309,7 +312,8 @@ class Relation:
         """Edges grouped by source; ``index`` holds their targets."""
         if self._csc is None:
             src, dst = self.edge_index
-            self._csc = compress(src, dst, self.num_src, self.num_dst)
+            with lasting():
+                self._csc = compress(src, dst, self.num_src, self.num_dst)
         return self._csc
 
     @property
@@ -337,6 +341,17 @@ class Relation:
         if self.degree is not None:
             return self.degree > 0
         return self.is_complete and self.sources is not None and self.sources.min_count > 0
+
+    @property
+    def version(self) -> int:
+        """Counts writes, in place, to what it holds. Lists that it makes by itself start at 0."""
+        ends = [nodes for nodes in (self.sources, self.targets) if nodes is not None]
+        held = [self._edge_index, self._positions, self.bias]
+        held += [*(self._csr or ()), *(self._csc or ())]
+        held += [tensor for nodes in ends for tensor in (nodes.ptr, nodes.position)]
+        return sum(
+            tensor._version for tensor in held if tensor is not None and not tensor.is_inference()
+        )
 
     # Changes ####################################################################
 
@@ -446,7 +461,8 @@ class Relation:
         """Place of each edge in the flattened dense view."""
         if self._positions is None:
             ends = self.num_src, self.sources, self.targets
-            self._positions = place_edges(self.edge_index, *ends)
+            with lasting():
+                self._positions = place_edges(self.edge_index, *ends)
         return self._positions
 
     def __repr__(self) -> str:
@@ -457,6 +473,16 @@ class Relation:
         if self.degree is not None:
             kind = f"{self.degree} a target"
         return f"Relation({self.num_src} -> {self.num_dst}, {self.num_edges} edges, {kind})"
+
+
+def lasting() -> AbstractContextManager:
+    """Where to make what is remembered: evaluation may ask first, and training uses it, too.
+
+    Tensors made inside :func:`torch.inference_mode` cannot be saved for a backward pass.
+    """
+    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
+        return nullcontext()
+    return torch.inference_mode(False)
 
 
 def as_relation(edges: Tensor | Relation, size: tuple[int, int]) -> Relation:

@@ -17,7 +17,9 @@ def blocks(language: str, text: str = README) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "code", blocks("python"), ids=["layer", "graph", "scan", "memory", "allocator", "topology", "pages"]
+    "code",
+    blocks("python"),
+    ids=["layer", "graph", "scan", "memory", "allocator", "topology", "pages"],
 )
 def test_readme_example_runs(code: str, capsys) -> None:
     exec(compile(code, "README.md", "exec"), {"__name__": "readme"})

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from nsm_graph.partition import Partition
-from nsm_graph.relation import Relation
+from nsm_graph.relation import Relation, lasting
 
 #: A rule remembers so many edges, about 20 bytes each, and the last example whatever its size.
 MAX_REMEMBERED_EDGES = 2**22
@@ -89,20 +89,24 @@ class Memo:
     """Relations of one example that a rule has worked out already, by its numbers of nodes."""
 
     def __init__(self) -> None:
-        self._relations: OrderedDict[tuple, Relation] = OrderedDict()
+        self._relations: OrderedDict[tuple, tuple[Relation, int]] = OrderedDict()
 
     def get(self, key: tuple, make: Callable[[], Relation]) -> Relation:
-        """The relation of that name, made where it is not known."""
+        """The relation of that name, made where it is not known or somebody wrote into it."""
         if key in self._relations:
             self._relations.move_to_end(key)
-            return self._relations[key]
-        relation = self._relations[key] = make()
+            relation, version = self._relations[key]
+            if torch.compiler.is_compiling() or relation.version == version:
+                return relation
+        with lasting():
+            relation = make()
+        self._relations[key] = relation, relation.version
         while len(self._relations) > 1 and self._num_edges() > MAX_REMEMBERED_EDGES:
             self._relations.popitem(last=False)
         return relation
 
     def _num_edges(self) -> int:
-        return sum(relation.num_edges for relation in self._relations.values())
+        return sum(relation.num_edges for relation, _ in self._relations.values())
 
     def __reduce__(self) -> tuple:
         return Memo, ()  # copies of a rule work it out again

@@ -6,6 +6,7 @@ import functools
 import json
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
@@ -91,7 +92,7 @@ class SQL(Topology):
         self.query, self.is_dynamic = query, is_dynamic
         self.kinds = None if kinds is None else tuple(kinds)
         self._memo = Memo()
-        self._checked: str | None = None
+        self._checked: tuple[str, str] | None = None
 
     def forward(self, sources: NodeSet, targets: NodeSet | None = None) -> Relation:
         targets = sources if targets is None else targets
@@ -104,7 +105,8 @@ class SQL(Topology):
             return Relation.from_rows(nothing, 0, size, sources.nodes, targets.nodes)
         if self.is_dynamic:
             return self._ask(sets)
-        return self._memo.get((fingerprint(sets), device), lambda: self._ask(sets))
+        key = (self.query, self.kinds, fingerprint(sets), device)
+        return self._memo.get(key, lambda: self._ask(tuple(map(_own, sets))))
 
     def _ask(self, sets: tuple[NodeSet, ...]) -> Relation:
         tables = tables_of(self, sets, self.kinds, self.is_dynamic)
@@ -126,8 +128,8 @@ class SQL(Topology):
 
     def _statement(self, connection: DuckDBPyConnection) -> str:
         """The query, if it is one statement that only reads and says the same every time."""
-        if self._checked is not None:
-            return self._checked
+        if self._checked is not None and self._checked[0] == self.query:
+            return self._checked[1]
         statements = connection.extract_statements(self.query)
         kinds = [statement.type.name for statement in statements]
         if kinds != ["SELECT"]:
@@ -142,8 +144,8 @@ class SQL(Topology):
                 f"{self!r} uses {', '.join(refused)}, which is not the same every time; take "
                 f"hash(...) of ids and a seed, or topology.random() for edges drawn anew"
             )
-        self._checked = statements[0].query
-        return self._checked
+        self._checked = self.query, statements[0].query
+        return self._checked[1]
 
     def _help(self, sets: tuple[NodeSet, ...], tables: list[NodeTable]) -> str:
         columns = ", ".join(dict.fromkeys(name for table in tables for name in table.columns))
@@ -156,6 +158,11 @@ class SQL(Topology):
 
     def __repr__(self) -> str:
         return f"sql({shorten(' '.join(self.query.split()), 60, placeholder=' ...')!r})"
+
+
+def _own(nodes: NodeSet) -> NodeSet:
+    """A node set whose examples are kept apart from the caller's, for what is remembered."""
+    return replace(nodes, nodes=nodes.nodes.clone())
 
 
 # The database ######################################################################

@@ -284,6 +284,29 @@ def test_it_runs_once_for_what_looks_the_same():
     assert rule(nodes(torch.tensor([1.0, 2.0, 3.0]))) is first
 
 
+def test_training_after_an_evaluation_in_inference_mode():
+    rule = topology.sql(PAIRS.replace(" FROM", ", -1.0 AS bias FROM", 1))
+    with torch.inference_mode():
+        assert rule(NodeSet.from_counts([4, 2])).csc.perm.numel() == 20
+    relation = rule(NodeSet.from_counts([4, 2]))
+    x = torch.randn(6, 2, 4, requires_grad=True)
+    nsm.ops.edge_attention(x, x, x, relation).sum().backward()
+    relation.sources.pad(x).sum().backward()
+    assert x.grad.isfinite().all()
+
+
+def test_what_is_written_into_an_answer_is_no_answer():
+    rule = topology.sql(PAIRS.replace(" FROM", ", 2.0 AS bias FROM", 1))
+    nodes = NodeSet.from_counts([2])
+    rule(nodes).bias.mul_(5)
+    assert (rule(nodes).bias == 2).all()
+    rule.query = f"{EDGES} FROM nodes"
+    assert rule(nodes).edge_index.tolist() == [[0, 1], [0, 1]] and rule(nodes).bias is None
+    rule.query = f"{EDGES} FROM nodes WHERE random() < 0.5"
+    with pytest.raises(ValueError, match=r"uses random\(\)"):
+        rule(nodes)
+
+
 def test_description_and_drawing():
     rule = topology.sql(SAME["ring"][1])
     summary = rule.describe(8)
