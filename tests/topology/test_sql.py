@@ -443,6 +443,18 @@ EDGES = "SELECT id AS src, id AS dst"
         # What would reach anything else
         ("CREATE TABLE t AS SELECT 1", r"must be one SELECT, which changes nothing, but is CREATE"),
         ("DELETE FROM nodes", r"must be one SELECT, .* but is DELETE"),
+        (
+            f"WITH d AS (DELETE FROM nodes RETURNING id) {EDGES} FROM d",
+            r"must be one SELECT, which changes nothing, but holds DELETE",
+        ),
+        (
+            f"WITH d AS (UPDATE nodes SET pos = 0 RETURNING id) {EDGES} FROM (FROM d)",
+            r"must be one SELECT, which changes nothing, but holds UPDATE",
+        ),
+        (
+            f"WITH d AS (INSERT INTO nodes FROM nodes RETURNING id) {EDGES} FROM d",
+            r"must be one SELECT, which changes nothing, but holds INSERT",
+        ),
         ("COPY nodes TO 'x.csv'", r"must be one SELECT, .* but is COPY"),
         ("SET threads = 4", r"must be one SELECT, .* but is SET"),
         (f"{EDGES} FROM nodes; DROP TABLE nodes", r"must be one SELECT, .* but holds 2 statements"),
@@ -453,12 +465,36 @@ EDGES = "SELECT id AS src, id AS dst"
         # What differs from run to run
         (f"{EDGES} FROM nodes WHERE random() < 0.5", r"uses random\(\), which is not the same"),
         (f"{EDGES} FROM nodes WHERE now() > current_date", r"uses current_date, now\(\), which"),
-        (f"{EDGES} FROM nodes USING SAMPLE 3 ROWS", r"uses a sample without REPEATABLE \(seed\)"),
+        (f"{EDGES} FROM nodes USING SAMPLE 3 ROWS", r"uses a sample without a seed \(USING"),
+        (f"{EDGES} FROM nodes WHERE current_localtime() > '1:00'", r"uses current_localtime\(\)"),
+        (
+            f"{EDGES} FROM nodes WHERE current_localtimestamp() > '2020-01-01'",
+            r"uses current_localtimestamp\(\), which is not the same",
+        ),
+        (f"{EDGES} FROM nodes WHERE age('2020-01-01'::TIMESTAMP) > '1 day'", r"age\(\) of one"),
+        (f"{EDGES} FROM query('FROM nodes WHERE random() < 1')", r"uses query\(\), whose argument"),
+        (f"{EDGES} FROM query_table('nodes')", r"uses query_table\(\), .* write it in its place"),
     ],
 )  # fmt: skip
 def test_bad_queries(query, message):
     with pytest.raises(ValueError, match=rf"sql\((.|\n)*{message}"):
         topology.sql(query)(NodeSet.from_counts([3, 4]))
+
+
+def test_a_sample_with_the_seed_that_the_error_names():
+    sample = "USING SAMPLE reservoir(3 ROWS)"
+    nodes = NodeSet.from_counts([3, 4])
+    with pytest.raises(ValueError, match="a sample without a seed") as error:
+        topology.sql(f"{EDGES} FROM nodes {sample}")(nodes)
+    seeded = f"{sample} REPEATABLE (42)"
+    assert seeded in str(error.value)
+    first, second = (topology.sql(f"{EDGES} FROM nodes {seeded}")(nodes) for _ in range(2))
+    assert first.num_edges == 3 and first.edge_index.equal(second.edge_index)
+
+
+def test_the_time_between_two_times_is_always_the_same():
+    ages = "age('2020-01-02'::TIMESTAMP, '2020-01-01'::TIMESTAMP) > '1 hour'"
+    assert topology.sql(f"{EDGES} FROM nodes WHERE {ages}")(NodeSet.from_counts([2])).num_edges == 2
 
 
 def test_bad_input_between_two_sets():
