@@ -528,6 +528,12 @@ def test_bad_arguments_and_attributes():
     for values in (torch.zeros(2, 3, 4), torch.zeros(2, 0), torch.zeros(2, dtype=torch.cfloat)):
         with pytest.raises(ValueError, match=r"holds numbers, or at least one .* 'a' has shape"):
             rule(NodeSet.from_counts([2], attributes={"a": values}))
+    for values in (torch.zeros(3), torch.tensor(0.0), torch.zeros(1, 2)):
+        nodes = replace(NodeSet.from_counts([2]), attributes={"a": values})
+        with pytest.raises(ValueError, match=r"'a' must have one row for each of the 2 nodes, but"):
+            rule(nodes)
+    with pytest.raises(ValueError, match="an attribute is called '', which no column"):
+        rule(NodeSet.from_counts([2], attributes={"": torch.zeros(2)}))
     nodes = NodeSet.from_counts([2], torch.zeros(2, 1), attributes={"x": torch.zeros(2)})
     assert rule(nodes).num_edges == 4
     with pytest.raises(ValueError, match=r"called 'x', but .* holds the current states"):
