@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -90,6 +90,11 @@ class Partition:
         """``[B, max_count]``, true where the padded view holds a row."""
         place = torch.arange(self.max_count, device=self.ptr.device)
         return place < self.ptr.diff().unsqueeze(1)
+
+    def clone(self) -> Partition:
+        """The same with tensors of its own."""
+        position = None if self.position is None else self.position.clone()
+        return replace(self, ptr=self.ptr.clone(), position=position)
 
     def to(self, device: torch.device | str) -> Partition:
         position = None if self.position is None else self.position.to(device)

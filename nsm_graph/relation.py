@@ -346,13 +346,8 @@ class Relation:
     def version(self) -> int:
         """Counts writes, in place, to what it holds. Lists that it makes by itself start at 0."""
         ends = [nodes for nodes in (self.sources, self.targets) if nodes is not None]
-        held = [
-            self._edge_index,
-            *(self._csr or ()),
-            *(self._csc or ()),
-            self._positions,
-            self.bias,
-        ]
+        held = [self._edge_index, self._positions, self.bias]
+        held += [*(self._csr or ()), *(self._csc or ())]
         held += [tensor for nodes in ends for tensor in (nodes.ptr, nodes.position)]
         return sum(
             tensor._version for tensor in held if tensor is not None and not tensor.is_inference()

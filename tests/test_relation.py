@@ -556,3 +556,22 @@ def test_errors_show_the_edges():
     edge_index[:] = 9
     with pytest.raises(ValueError, match=r"edge 2: 9 -> 9 and 3 more\)$"):
         Relation.from_edge_index(edge_index, (8, 8))
+
+
+@pytest.mark.parametrize(
+    "relation",
+    [
+        Relation.complete([0, 2, 3], [0, 1, 3]),
+        Relation.causal([0, 2, 3]),
+        Relation.from_edge_index(torch.tensor([[0, 1, 0], [1, 0, 0]])),
+        Relation.from_rows(torch.tensor([1, 0]), 1, (2, 2)),
+    ],
+    ids=repr,
+)
+def test_lists_made_in_inference_mode_serve_training(relation):
+    with torch.inference_mode():
+        held = [relation.edge_index, *relation.csr, *relation.csc, relation._dense_position]
+    assert not any(tensor.is_inference() for tensor in held)
+    assert relation.version == 0
+    relation.csr.index.zero_()
+    assert relation.version == 1

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from nsm_graph.ops.edge_attention import Normalise
-from nsm_graph.relation import Relation, check_size
+from nsm_graph.relation import Relation, as_relation
 from nsm_graph.topology.sql import connect
 
 _STATEMENT = """\
@@ -70,7 +70,7 @@ def attention_sql(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    relation: Relation,
+    relation: Relation | Tensor,
     *,
     bias: Tensor | None = None,
     normalise: Normalise = "target",
@@ -89,7 +89,7 @@ def attention_sql(
         query: One row per target.
         key: One row per source.
         value: One row per source.
-        relation: The edges, from sources to targets.
+        relation: The edges, from sources to targets; or PyG's ``edge_index``.
         bias: Added to the scores, in the relation's edge order, and to what the relation carries;
             :math:`-\infty` removes an edge. (default: :obj:`None`)
         normalise: Which end of the edges forms the groups. (default: :obj:`"target"`)
@@ -100,7 +100,8 @@ def attention_sql(
         - **output:** :math:`(N, H, D_v)`, float64
 
     Raises:
-        ValueError: If shapes or the relation's sizes disagree, or a number is NaN or infinite.
+        ValueError: If shapes or the relation's sizes disagree, or a number is NaN or infinite, or
+            a score grows beyond double precision.
         ImportError: If DuckDB is missing.
 
     Example:
@@ -109,7 +110,8 @@ def attention_sql(
         torch.Size([2, 4, 8])
     """
     statement = attention_statement(normalise)
-    _check(query, key, value, relation)
+    _check(query, key, value)
+    relation = as_relation(relation, (key.size(0), query.size(0)))
     shape = (query.size(0), query.size(1), value.size(2))
     if 0 in shape:
         return torch.zeros(shape, dtype=torch.float64)
@@ -124,7 +126,13 @@ def attention_sql(
         for name, columns in tables.items():
             database.register(name, columns)
         rows = database.execute(statement).fetchnumpy()
-    return torch.from_numpy(np.asarray(rows["value"], dtype=np.float64)).view(shape)
+    out = np.asarray(rows["value"], dtype=np.float64)
+    if not np.isfinite(out).all():
+        raise ValueError(
+            f"scores must be finite in double precision, but {(~np.isfinite(out)).sum()} numbers "
+            f"of the result are not, since query times key grows beyond it; scale them down"
+        )
+    return torch.from_numpy(out).view(shape)
 
 
 def _index(shape: tuple[int, ...]) -> list[np.ndarray]:
@@ -167,7 +175,7 @@ def _edges(relation: Relation, heads: int, bias: Tensor | None) -> dict[str, np.
     }
 
 
-def _check(query: Tensor, key: Tensor, value: Tensor, relation: Relation) -> None:
+def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dim() != 3:
             raise ValueError(
@@ -182,4 +190,3 @@ def _check(query: Tensor, key: Tensor, value: Tensor, relation: Relation) -> Non
         raise ValueError(
             f"query {tuple(query.shape)} has no channels; it needs at least one a head"
         )
-    check_size(relation, (key.size(0), query.size(0)))

@@ -97,6 +97,8 @@ def _table(
         if nodes.x is not None:
             columns["x"] = nodes.x
     for name, values in nodes.attributes.items():
+        if not name:
+            raise ValueError(f"{rule!r}: an attribute is called '', which no column can be called")
         if name.lower() in given:
             raise ValueError(
                 f"{rule!r}: an attribute is called {name!r}, but that column of the table holds "
@@ -107,6 +109,12 @@ def _table(
         columns[name] = values
     table = NodeTable({}, {}, {})
     for name, column in columns.items():
+        # NodeSet.from_counts sees to it; one that was built directly may hold anything.
+        if isinstance(column, Tensor) and column.shape[:1] != (nodes.num_nodes,):
+            raise ValueError(
+                f"{rule!r}: {name!r} must have one row for each of the {nodes.num_nodes} nodes, "
+                f"but has shape {tuple(column.shape)}"
+            )
         table.columns[name] = _column(rule, table, name, column, kinds)
     return table
 

@@ -52,7 +52,9 @@ def window(width: int, by: str | None = None) -> Topology:
 def causal(by: str | None = None) -> Topology:
     r"""Each node from itself and all before it.
 
-    By place it stores no edges: attention over it is a dense triangle per example.
+    By place it stores no edges: attention over it is a dense triangle per example. There, what lies
+    after a target is multiplied by zero, so a NaN or an infinity in a later node may reach earlier
+    targets of its own example; no number does.
 
     Args:
         by: As in :func:`band`: nodes with an equal attribute see each other.

@@ -25,8 +25,10 @@ if TYPE_CHECKING:
 
 #: Words that SQL takes for a call although they have no parentheses.
 _CLOCKS = {"current_date", "current_time", "current_timestamp", "localtime", "localtimestamp"}
-#: Functions whose text, or whose clock, the other checks would not see.
-_HIDES = {"query", "query_table", "current_localtime", "current_localtimestamp"}
+#: What DuckDB wrongly says to be the same every time.
+_CLOCK_FUNCTIONS = {"current_localtime", "current_localtimestamp"}
+#: Functions that run a statement, or read a table, which a text names.
+_READERS = {"query", "query_table"}
 
 
 def sql(query: str, *, is_dynamic: bool = False, kinds: Sequence[str] | None = None) -> SQL:
@@ -108,9 +110,8 @@ class SQL(Topology):
             return Relation.from_rows(nothing, 0, size, sources.nodes, targets.nodes)
         if self.is_dynamic:
             return self._ask(sets)
-        known = tuple(_lasting(nodes) for nodes in sets)
-        key = (self.query, self.kinds, fingerprint(known), device)
-        return self._memo.get(key, lambda: self._ask(known))
+        key = (self.query, self.kinds, fingerprint(sets), device)
+        return self._memo.get(key, lambda: self._ask(tuple(map(_own, sets))))
 
     def _ask(self, sets: tuple[NodeSet, ...]) -> Relation:
         tables = tables_of(self, sets, self.kinds, self.is_dynamic)
@@ -142,15 +143,21 @@ class SQL(Topology):
                 f"{self!r} must be one SELECT, which changes nothing, but {got}; the query:\n"
                 f"{self.query}"
             )
-        tree = _parsed(connection, statements[0].query)
-        writes = {kind for part in _parts(tree) if (kind := _writes(part)) is not None}
-        if tree.get("error") or writes:
-            got = f"holds {', '.join(sorted(writes)) or tree.get('error_message')}"
+        parts = _parts_of(connection, statements[0].query)
+        # Of the statements inside a WITH, too.
+        changes = [part["type"] for part in parts if _is_change(part)]
+        if changes:
             raise ValueError(
-                f"{self!r} must be one SELECT, which changes nothing, but {got}; the query:\n"
-                f"{self.query}"
+                f"{self!r} must be one SELECT, which changes nothing, but holds "
+                f"{changes[0].split('_')[0]}; the query:\n{self.query}"
             )
-        refused = sorted(_chances(tree))
+        hidden = sorted(_functions(parts) & _READERS)
+        if hidden:
+            raise ValueError(
+                f"{self!r} uses {hidden[0]}(), whose argument is a statement or a table that "
+                f"cannot be looked at beforehand; write it in its place"
+            )
+        refused = sorted(_chances(parts))
         if refused:
             raise ValueError(
                 f"{self!r} uses {', '.join(refused)}, which is not the same every time; take "
@@ -170,6 +177,11 @@ class SQL(Topology):
 
     def __repr__(self) -> str:
         return f"sql({shorten(' '.join(self.query.split()), 60, placeholder=' ...')!r})"
+
+
+def _own(nodes: NodeSet) -> NodeSet:
+    """A node set whose examples are kept apart from the caller's, for what is remembered."""
+    return replace(nodes, nodes=nodes.nodes.clone())
 
 
 # The database ######################################################################
@@ -239,32 +251,34 @@ def _create(connection: DuckDBPyConnection, tables: list[NodeTable]) -> None:
 # What is not the same every time #####################################################
 
 
-def _parsed(connection: DuckDBPyConnection, statement: str) -> dict:
-    """The statement as DuckDB takes it apart."""
+def _parts_of(connection: DuckDBPyConnection, statement: str) -> list[dict]:
+    """Every object that DuckDB's parser finds in a statement."""
     parsed = connection.execute("SELECT json_serialize_sql($1::VARCHAR)", [statement]).fetchall()
-    return json.loads(parsed[0][0])
+    return list(_parts(json.loads(parsed[0][0])))
 
 
-def _writes(part: dict) -> str | None:
-    """What a part of a statement does beside reading, such as DELETE in a CTE."""
-    kind = str(part.get("type", ""))
-    return kind.removesuffix("_QUERY_NODE") if kind.endswith("_QUERY_NODE") else None
+def _is_change(part: dict) -> bool:
+    """Whether it inserts, updates or deletes; what reads is a SELECT_NODE or the like."""
+    return str(part.get("type", "")).endswith("_QUERY_NODE")
 
 
-def _chances(tree: dict) -> set[str]:
+def _functions(parts: list[dict]) -> set[str]:
+    return {str(part.get("function_name", "")).lower() for part in parts}
+
+
+def _chances(parts: list[dict]) -> set[str]:
     """Functions, clocks and samples in a statement that may differ from run to run."""
-    found = set()
-    for part in _parts(tree):
+    found = {f"{name}()" for name in _functions(parts) & (_unstable_functions() | _CLOCK_FUNCTIONS)}
+    for part in parts:
         function = str(part.get("function_name", "")).lower()
         column = part.get("column_names") or [""]
-        arguments = part.get("arguments", part.get("children", ()))
-        is_age = function == "age" and len(arguments) == 1  # until now
-        if function in _unstable_functions() or function in _HIDES or is_age:
-            found.add(f"{function}()")
+        arguments = part.get("arguments") or part.get("children") or []
+        if function == "age" and len(arguments) == 1:
+            found.add("age() of one time, which is up to today")
         if len(column) == 1 and str(column[0]).lower() in _CLOCKS:
             found.add(str(column[0]))
         if part.get("sample") and part["sample"].get("seed", -1) < 0:
-            found.add("a sample without REPEATABLE (seed)")
+            found.add("a sample without a seed (USING SAMPLE reservoir(3 ROWS) REPEATABLE (42))")
     return found
 
 

@@ -136,6 +136,13 @@ def test_wide_values():
     assert torch.allclose(out[..., 3:], 2 * out[..., :3], rtol=1e-12)
 
 
+def test_edge_index_is_a_relation():
+    relation = random_relation(4, 3, 9)
+    q, k, v = inputs(relation)
+    found = attention_sql(q, k, v, relation.edge_index)
+    assert found.equal(attention_sql(q, k, v, relation))
+
+
 def test_bad_input():
     relation = random_relation(4, 3, 9)
     q, k, v = inputs(relation)
@@ -154,6 +161,15 @@ def test_bad_input():
             attention_sql(q, k, v, relation, bias=torch.full((9,), wrong))
         with pytest.raises(ValueError, match=r"value must be finite, .* 24 of its numbers are not"):
             attention_sql(q, k, torch.full_like(v, wrong), relation)
+    with pytest.raises(ValueError, match=r"scores must be finite in double precision, but 18 num"):
+        attention_sql(1e200 * torch.ones_like(q), 1e200 * torch.ones_like(k), v, relation)
+    for wrong, message in (
+        (relation.edge_index.T, r"must be a tensor of shape \(2, E\), but got \(9, 2\)"),
+        (relation.edge_index + 4, "names source"),
+        ("edges", r"must be a tensor of shape \(2, E\), but got <class 'str'>"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            attention_sql(q, k, v, wrong)
     with pytest.raises(ValueError, match='must be "target" or "source", but is \'edge\''):
         attention_sql(q, k, v, relation, normalise="edge")
 

@@ -284,6 +284,29 @@ def test_it_runs_once_for_what_looks_the_same():
     assert rule(nodes(torch.tensor([1.0, 2.0, 3.0]))) is first
 
 
+def test_training_after_an_evaluation_in_inference_mode():
+    rule = topology.sql(PAIRS.replace(" FROM", ", -1.0 AS bias FROM", 1))
+    with torch.inference_mode():
+        assert rule(NodeSet.from_counts([4, 2])).csc.perm.numel() == 20
+    relation = rule(NodeSet.from_counts([4, 2]))
+    x = torch.randn(6, 2, 4, requires_grad=True)
+    nsm.ops.edge_attention(x, x, x, relation).sum().backward()
+    relation.sources.pad(x).sum().backward()
+    assert x.grad.isfinite().all()
+
+
+def test_what_is_written_into_an_answer_is_no_answer():
+    rule = topology.sql(PAIRS.replace(" FROM", ", 2.0 AS bias FROM", 1))
+    nodes = NodeSet.from_counts([2])
+    rule(nodes).bias.mul_(5)
+    assert (rule(nodes).bias == 2).all()
+    rule.query = f"{EDGES} FROM nodes"
+    assert rule(nodes).edge_index.tolist() == [[0, 1], [0, 1]] and rule(nodes).bias is None
+    rule.query = f"{EDGES} FROM nodes WHERE random() < 0.5"
+    with pytest.raises(ValueError, match=r"uses random\(\)"):
+        rule(nodes)
+
+
 def test_description_and_drawing():
     rule = topology.sql(SAME["ring"][1])
     summary = rule.describe(8)
@@ -420,6 +443,18 @@ EDGES = "SELECT id AS src, id AS dst"
         # What would reach anything else
         ("CREATE TABLE t AS SELECT 1", r"must be one SELECT, which changes nothing, but is CREATE"),
         ("DELETE FROM nodes", r"must be one SELECT, .* but is DELETE"),
+        (
+            f"WITH d AS (DELETE FROM nodes RETURNING id) {EDGES} FROM d",
+            r"must be one SELECT, which changes nothing, but holds DELETE",
+        ),
+        (
+            f"WITH d AS (UPDATE nodes SET pos = 0 RETURNING id) {EDGES} FROM (FROM d)",
+            r"must be one SELECT, which changes nothing, but holds UPDATE",
+        ),
+        (
+            f"WITH d AS (INSERT INTO nodes FROM nodes RETURNING id) {EDGES} FROM d",
+            r"must be one SELECT, which changes nothing, but holds INSERT",
+        ),
         ("COPY nodes TO 'x.csv'", r"must be one SELECT, .* but is COPY"),
         ("SET threads = 4", r"must be one SELECT, .* but is SET"),
         (f"{EDGES} FROM nodes; DROP TABLE nodes", r"must be one SELECT, .* but holds 2 statements"),
@@ -430,12 +465,36 @@ EDGES = "SELECT id AS src, id AS dst"
         # What differs from run to run
         (f"{EDGES} FROM nodes WHERE random() < 0.5", r"uses random\(\), which is not the same"),
         (f"{EDGES} FROM nodes WHERE now() > current_date", r"uses current_date, now\(\), which"),
-        (f"{EDGES} FROM nodes USING SAMPLE 3 ROWS", r"uses a sample without REPEATABLE \(seed\)"),
+        (f"{EDGES} FROM nodes USING SAMPLE 3 ROWS", r"uses a sample without a seed \(USING"),
+        (f"{EDGES} FROM nodes WHERE current_localtime() > '1:00'", r"uses current_localtime\(\)"),
+        (
+            f"{EDGES} FROM nodes WHERE current_localtimestamp() > '2020-01-01'",
+            r"uses current_localtimestamp\(\), which is not the same",
+        ),
+        (f"{EDGES} FROM nodes WHERE age('2020-01-01'::TIMESTAMP) > '1 day'", r"age\(\) of one"),
+        (f"{EDGES} FROM query('FROM nodes WHERE random() < 1')", r"uses query\(\), whose argument"),
+        (f"{EDGES} FROM query_table('nodes')", r"uses query_table\(\), .* write it in its place"),
     ],
 )  # fmt: skip
 def test_bad_queries(query, message):
     with pytest.raises(ValueError, match=rf"sql\((.|\n)*{message}"):
         topology.sql(query)(NodeSet.from_counts([3, 4]))
+
+
+def test_a_sample_with_the_seed_that_the_error_names():
+    sample = "USING SAMPLE reservoir(3 ROWS)"
+    nodes = NodeSet.from_counts([3, 4])
+    with pytest.raises(ValueError, match="a sample without a seed") as error:
+        topology.sql(f"{EDGES} FROM nodes {sample}")(nodes)
+    seeded = f"{sample} REPEATABLE (42)"
+    assert seeded in str(error.value)
+    first, second = (topology.sql(f"{EDGES} FROM nodes {seeded}")(nodes) for _ in range(2))
+    assert first.num_edges == 3 and first.edge_index.equal(second.edge_index)
+
+
+def test_the_time_between_two_times_is_always_the_same():
+    ages = "age('2020-01-02'::TIMESTAMP, '2020-01-01'::TIMESTAMP) > '1 hour'"
+    assert topology.sql(f"{EDGES} FROM nodes WHERE {ages}")(NodeSet.from_counts([2])).num_edges == 2
 
 
 def test_bad_input_between_two_sets():
@@ -469,6 +528,12 @@ def test_bad_arguments_and_attributes():
     for values in (torch.zeros(2, 3, 4), torch.zeros(2, 0), torch.zeros(2, dtype=torch.cfloat)):
         with pytest.raises(ValueError, match=r"holds numbers, or at least one .* 'a' has shape"):
             rule(NodeSet.from_counts([2], attributes={"a": values}))
+    for values in (torch.zeros(3), torch.tensor(0.0), torch.zeros(1, 2)):
+        nodes = replace(NodeSet.from_counts([2]), attributes={"a": values})
+        with pytest.raises(ValueError, match=r"'a' must have one row for each of the 2 nodes, but"):
+            rule(nodes)
+    with pytest.raises(ValueError, match="an attribute is called '', which no column"):
+        rule(NodeSet.from_counts([2], attributes={"": torch.zeros(2)}))
     nodes = NodeSet.from_counts([2], torch.zeros(2, 1), attributes={"x": torch.zeros(2)})
     assert rule(nodes).num_edges == 4
     with pytest.raises(ValueError, match=r"called 'x', but .* holds the current states"):
