@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nsm_graph.partition import Partition
-from nsm_graph.relation import Relation, lasting
+from nsm_graph.relation import Relation
 from nsm_graph.topology.base import Topology, check_examples
 from nsm_graph.topology.node_set import NodeSet
 from nsm_graph.topology.node_table import NodeTable, fingerprint, quoted, tables_of
@@ -217,14 +216,6 @@ def _database(process: int) -> DuckDBPyConnection:
         "lock_configuration": "true",
     }
     return duckdb.connect(":memory:", config=options)
-
-
-def _lasting(nodes: NodeSet) -> NodeSet:
-    """The same nodes, where what they lead to is remembered beyond an inference mode."""
-    if not nodes.ptr.is_inference():
-        return nodes
-    with lasting():
-        return replace(nodes, nodes=Partition.from_ptr(nodes.ptr.clone()))
 
 
 def _create(connection: DuckDBPyConnection, tables: list[NodeTable]) -> None:

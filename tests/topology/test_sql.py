@@ -556,36 +556,3 @@ def test_it_says_what_it_needs(monkeypatch):
     rule = topology.sql(PAIRS)
     with pytest.raises(ImportError, match=r"sql\(.*needs DuckDB: pip install 'nsm-graph\[sql\]'"):
         rule(NodeSet.from_counts([2]))
-
-
-@pytest.mark.parametrize(
-    ("query", "message"),
-    [
-        (
-            "WITH d AS (DELETE FROM nodes RETURNING id) SELECT id AS src, id AS dst FROM d",
-            "must be one SELECT, which changes nothing",
-        ),
-        ("SELECT id AS src, id AS dst FROM query('SELECT id FROM nodes')", r"uses query\(\)"),
-        ("SELECT id AS src, id AS dst FROM query_table('nodes')", r"uses query_table\(\)"),
-        (
-            "SELECT id AS src, id AS dst FROM nodes WHERE age(DATE '2020-01-01') > INTERVAL 1 DAY",
-            r"uses age\(\)",
-        ),
-        (
-            "SELECT id AS src, id AS dst FROM nodes WHERE current_localtimestamp() IS NOT NULL",
-            "current_localtimestamp",
-        ),
-    ],
-)
-def test_nothing_is_written_and_nothing_is_hidden(query, message):
-    with pytest.raises(ValueError, match=message):
-        topology.sql(query)(NodeSet.from_counts([3]))
-
-
-def test_what_is_remembered_can_neither_be_spoilt_nor_outlived():
-    rule = topology.sql("SELECT id AS src, id AS dst, 1.0 AS bias FROM nodes")
-    nodes = NodeSet.from_counts([3])
-    rule(nodes).bias.mul_(5)
-    assert rule(nodes).bias.flatten().tolist() == [1.0] * 3
-    rule.query = "SELECT k.id AS src, q.id AS dst FROM nodes q JOIN nodes k USING (example)"
-    assert rule(nodes).num_edges == 9
