@@ -35,6 +35,9 @@ from nsm_graph.partition import Partition
 from nsm_graph.relation import Relation
 from nsm_graph.topology import Topology, complete
 
+#: Examples of a batch whose attention is looked at where its sharpness is watched.
+LOOKED_AT = 8
+
 
 class NeuralStateMachine(nn.Module):
     r"""A bank of state nodes reads token streams segment by segment, or graphs pass by pass.
@@ -493,11 +496,16 @@ class NeuralStateMachine(nn.Module):
     def _observe_sharpness(
         self, x: Tensor, ptr: Tensor, state: MachineState, segment_length: int | None
     ) -> None:
-        """Feeds how sharply the final states look at what was read last: a segment, or a graph."""
+        """Feeds how sharply the final states look at what was read last: a segment, or a graph.
+
+        Those of a few examples, spread over the batch: the next batches look at others.
+        """
         count = ptr.diff()
         last = count
         if segment_length is not None:
             last = torch.where(count > 0, (count - 1) % segment_length + 1, 0)
+        every = -(-count.numel() // LOOKED_AT)
+        last = last.masked_fill(torch.arange(count.numel(), device=last.device) % every != 0, 0)
         tokens = Partition.from_ptr(torch.cat([last.new_zeros(1), last.cumsum(0)]))
         index = (ptr[1:] - last)[tokens.batch] + tokens.place
         relation = Relation.between(tokens, state.rows)
