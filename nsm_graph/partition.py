@@ -36,6 +36,11 @@ class Partition:
         return cls(ptr, num_rows, least, most, row - ptr[example] + example * most)
 
     @classmethod
+    def from_counts(cls, counts: Tensor) -> Partition:
+        """The same from the number of rows of each example, ``[B]``."""
+        return cls.from_ptr(torch.cat([counts.new_zeros(1), counts.cumsum(0)]))
+
+    @classmethod
     def uniform(
         cls, num_examples: int, count: int, device: torch.device | str | None = None
     ) -> Partition:

@@ -506,7 +506,7 @@ class NeuralStateMachine(nn.Module):
             last = torch.where(count > 0, (count - 1) % segment_length + 1, 0)
         every = -(-count.numel() // LOOKED_AT)
         last = last.masked_fill(torch.arange(count.numel(), device=last.device) % every != 0, 0)
-        tokens = Partition.from_ptr(torch.cat([last.new_zeros(1), last.cumsum(0)]))
+        tokens = Partition.from_counts(last)
         index = (ptr[1:] - last)[tokens.batch] + tokens.place
         relation = Relation.between(tokens, state.rows)
         signal = self.cell.sharpness(state.states, x[index], tokens.place, relation)

@@ -153,20 +153,20 @@ class _Reader:
 
         states = output.states
         rows = rows._replace(states=states, cell=output.propagated.cell)
-        keep = allocator.log_keep(states)
-        if keep is not None:
-            rows = rows._replace(
-                log_presence=rows.log_presence + keep, log_lasting=rows.log_lasting + keep
-            )
         after = rows
-        staying = allocator.stays(states, rows.nodes, self.manager.min_states)
-        if not bool(staying.stays.all()):
-            after = rows.stay(staying.stays)
+        staying = allocator.stay(states, rows.nodes, self.manager.min_states)
+        if staying is not None:
+            gate = staying.log_gate
+            rows = rows._replace(
+                log_presence=rows.log_presence + gate, log_lasting=rows.log_lasting + gate
+            )
+            after = rows if bool(staying.stays.all()) else rows.stay(staying.stays)
+            if self.is_recorded:
+                gone = (~staying.stays).nonzero().flatten()
+                who = rows.nodes.batch[gone], rows.slots[gone], staying.logit[gone]
+                events += _events(index, "prune", "nothing it holds is needed", *who, after.nodes)
         record = None
         if self.is_recorded:
-            gone = (~staying.stays).nonzero().flatten()
-            who = rows.nodes.batch[gone], rows.slots[gone], staying.logit[gone]
-            events += _events(index, "prune", "nothing it holds is needed", *who, after.nodes)
             record = Record(
                 relations=[inputs.relation], routing=[weights], attention=[output.attention],
                 gates=[output.propagated.gates], states=[states], topologies=[output.talks],
@@ -189,7 +189,7 @@ class _Reader:
             return rows, relation, match, []
         example = tokens.batch[founder]
         count = torch.bincount(example, minlength=tokens.num_examples)
-        nodes = Partition.from_ptr(torch.cat([count.new_zeros(1), count.cumsum(0)]))
+        nodes = Partition.from_counts(count)
         slots = _free_slots(rows, nodes, num_slots)
         states = torch.cat(
             [address[founder], self.manager.bank[slots, allocator.address_channels :]], dim=1

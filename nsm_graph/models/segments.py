@@ -77,7 +77,7 @@ def plan_segments(
     index = torch.arange(num_tokens) - torch.repeat_interleave(first_token, count)
     is_full = bool((count % segment_length == 0).all())
 
-    groups = _partition(group_count, device)
+    groups = Partition.from_counts(group_count).to(device)
     states = Partition.uniform(group_count.numel(), num_states, device)
     return SegmentPlan(
         token_order.to(device),
@@ -106,12 +106,8 @@ def _make_steps(
         step = full_steps.get(num_examples) if is_full else None
         if step is None:
             states = Partition.uniform(num_examples, num_states, device)
-            step = Relation.between(_partition(count, device), states)
+            step = Relation.between(Partition.from_counts(count).to(device), states)
             if is_full:
                 full_steps[num_examples] = step
         steps.append(step)
     return steps
-
-
-def _partition(count: Tensor, device: torch.device) -> Partition:
-    return Partition.from_ptr(torch.cat([count.new_zeros(1), count.cumsum(0)])).to(device)

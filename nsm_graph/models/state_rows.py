@@ -72,5 +72,5 @@ def side_by_side(rows: list[StateRows]) -> StateRows:
         torch.cat([part.slots for part in rows]),
         torch.cat([part.log_presence for part in rows]),
         torch.cat([part.log_lasting for part in rows]),
-        Partition.from_ptr(torch.cat([count.new_zeros(1), count.cumsum(0)])),
+        Partition.from_counts(count),
     )

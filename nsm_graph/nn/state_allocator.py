@@ -30,6 +30,7 @@ class Staying(NamedTuple):
     """Which states stay."""
 
     stays: Tensor  #: ``[N]``, bool
+    log_gate: Tensor  #: ``[N]``, of staying; 0, but for its gradient, with straight-through
     logit: Tensor  #: ``[N]``, of staying
 
 
@@ -167,12 +168,6 @@ class StateAllocator(nn.Module):
             )
         self._prunes = bool(prunes)
 
-    def log_keep(self, states: Tensor) -> Tensor | None:
-        r"""The gates of states that stay, :math:`\log r_j`, ``[N]``; None where all do."""
-        if self.lin_keep is None or not self.prune:
-            return None
-        return self._pass(self.lin_keep(states).squeeze(-1))
-
     def _pass(self, logit: Tensor) -> Tensor:
         """The log of a decision's gate: 0 with straight-through, else its log probability."""
         log_probability = F.logsigmoid(logit)
@@ -235,24 +230,23 @@ class StateAllocator(nn.Module):
 
     # Who stays ##################################################################
 
-    def stays(self, states: Tensor, nodes: Partition, min_states: int) -> Staying:
-        """Which states stay in the node sets of their examples.
+    def stay(self, states: Tensor, nodes: Partition, min_states: int) -> Staying | None:
+        """Which states stay in the node sets of their examples; None where all do.
 
         The best ``min_states`` of every example always do.
         """
         if self.lin_keep is None or not self.prune:
-            logit = torch.full_like(states[:, 0], torch.inf)
-            return Staying(logit > 0, logit)
-        logit = self.lin_keep(states.detach()).detach().squeeze(-1)
-        tried = logit
+            return None
+        logit = self.lin_keep(states).squeeze(-1)
+        tried = logit.detach()
         if self.training:
             # A little noise: what is near the border tries both sides.
-            tried = logit + 0.25 * torch.rand_like(logit).clamp(1e-6, 1 - 1e-6).logit()
+            tried = tried + 0.25 * torch.rand_like(tried).clamp(1e-6, 1 - 1e-6).logit()
         order = torch.argsort(tried, descending=True, stable=True)
         order = order[torch.argsort(nodes.batch[order], stable=True)]
         is_best = torch.empty_like(order, dtype=torch.bool)
         is_best[order] = nodes.place < min_states
-        return Staying((tried > 0) | is_best, logit)
+        return Staying((tried > 0) | is_best, self._pass(logit), logit.detach())
 
     # What it may cost ###########################################################
 
