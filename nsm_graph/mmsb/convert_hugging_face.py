@@ -5,7 +5,6 @@ Modules are known by their class names and parts; the library itself is not impo
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from copy import deepcopy
 from typing import Any, NamedTuple
 
@@ -88,14 +87,17 @@ def _read_bert(model: nn.Module, shadow_graph: ShadowGraph | None) -> TokenPropa
     kind = getattr(config, "position_embedding_type", None)
     if kind not in (None, "absolute"):
         raise ValueError(f"BertModel has position_embedding_type={kind!r}, but only 'absolute' is")
+    activation = _activation(config.hidden_act, "hidden_act")
     for i, layer in enumerate(model.encoder.layer):
         _check_parts(layer, ("BertLayer",), f"encoder.layer.{i}")
         _check_parts(
             layer.attention.self, ("BertSelfAttention", "BertSdpaSelfAttention"),
             f"encoder.layer.{i}.attention.self",
         )  # fmt: skip
-        act = layer.intermediate.intermediate_act_fn
-        _check_activation(act, config.hidden_act, f"encoder.layer.{i}.intermediate")
+        check_activation(
+            layer.intermediate.intermediate_act_fn, ACTIVATIONS[activation],
+            f"encoder.layer.{i}.intermediate", config.hidden_act,
+        )  # fmt: skip
     layers = [
         _bert_layer(layer, f"encoder.layer.{i}") for i, layer in enumerate(model.encoder.layer)
     ]
@@ -104,7 +106,7 @@ def _read_bert(model: nn.Module, shadow_graph: ShadowGraph | None) -> TokenPropa
     stack = _stack(
         layers,
         heads=config.num_attention_heads,
-        activation=_activation(config.hidden_act, "hidden_act"),
+        activation=activation,
         norm_first=False,
         dropout=config.hidden_dropout_prob,
         attention_dropout=config.attention_probs_dropout_prob,
@@ -144,16 +146,19 @@ def _bert_layer(layer: nn.Module, path: str) -> Layer:
 
 def _read_gpt2(model: nn.Module, shadow_graph: ShadowGraph | None) -> TokenPropagation:
     config = model.config
+    activation = _activation(config.activation_function, "activation_function")
     for i, block in enumerate(model.h):
         _check_parts(block, ("GPT2Block",), f"h.{i}")
         _check_parts(block.attn, ("GPT2Attention",), f"h.{i}.attn")
         _check_parts(block.mlp, ("GPT2MLP",), f"h.{i}.mlp")
-        _check_activation(block.mlp.act, config.activation_function, f"h.{i}.mlp.act")
+        check_activation(
+            block.mlp.act, ACTIVATIONS[activation], f"h.{i}.mlp.act", config.activation_function
+        )
     layers = [_gpt2_layer(block, f"h.{i}") for i, block in enumerate(model.h)]
     stack = _stack(
         layers,
         heads=config.num_attention_heads,
-        activation=_activation(config.activation_function, "activation_function"),
+        activation=activation,
         norm_first=True,
         dropout=config.resid_pdrop,
         attention_dropout=config.attn_pdrop,
@@ -190,12 +195,6 @@ def _check_parts(part: nn.Module, classes: tuple[str, ...], path: str) -> None:
             f"{path} must be a {' or '.join(classes)}, but is a {type(part).__name__}; was it "
             f"exchanged?"
         )
-
-
-def _check_activation(theirs: Callable[[Tensor], Tensor], name: object, path: str) -> None:
-    """What the config names is read; it must be what the layer has."""
-    if isinstance(name, str) and name in _ACTIVATIONS:
-        check_activation(theirs, ACTIVATIONS[_ACTIVATIONS[name]], path, name)
 
 
 def _stack(layers: list[Layer], **options: Any) -> Propagation:

@@ -226,11 +226,9 @@ def _rows_to_write(
         return changed_rows(change.changed, pages, old, is_new)
     num_pages, num_old = pages.size(0), old.size(0)
     appended = RowSet(num_old, num_pages)
-    if change.changed is None:
-        return changed_rows(None, pages[:num_old], old, None).union(
-            appended, num_pages, pages.device
-        )
-    return changed_rows(change.changed, pages, old, None).union(appended, num_pages, pages.device)
+    compared = pages[:num_old] if change.changed is None else pages
+    rows = changed_rows(change.changed, compared, old, None)
+    return rows.union(appended, num_pages, pages.device)
 
 
 def _fixed_neighbourhood(

@@ -263,8 +263,8 @@ class Propagation(nn.Module):
             (``tensor._version``), parts and settings exchanged, another shadow graph of the stack,
             and that the stack was in training mode since. Attributes, an ``edge_index`` and a
             relation's bias may be edited in place: all is then computed again. **Not** noticed are
-            fused optimizers and ``parameter.data`` where the stack stays in evaluation mode: after
-            a training step call ``run(pages, cache=True)`` again.
+            fused optimizers and ``parameter.data`` without a call of ``train()`` since: after a
+            training step call ``run(pages, cache=True)`` again.
 
         Example:
             >>> import torch
